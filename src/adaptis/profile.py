@@ -1,0 +1,222 @@
+"""What each layer costs: data only, whoever found it out.
+
+One micro-batch of `tokens_per_microbatch` tokens is the unit. The least a file must hold is a name, a kind and
+three times per layer; what is absent is 0, and the time of a fused backward is the sum of its halves unless it
+was measured by itself (on a CPU, I and W apart can cost more than B).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from adaptis.errors import ProfileError
+from adaptis.files import Fields, parse_json, read_json
+from adaptis.model import EMBEDDING, HEAD, fingerprint
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+VERSION = 1
+MAX_LAYERS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCost:
+    """What one layer costs for one micro-batch; seconds and bytes."""
+
+    name: str
+    kind: str
+    forward: float
+    backward_input: float  # the I half
+    backward_weight: float  # the W half
+    backward: float  # fused, B
+    update: float = 0.0  # the optimizer's step on this layer's parameters, once a step
+    parameter_bytes: int = 0
+    state_bytes: int = 0  # parameters + gradients + optimizer
+    saved_bytes: int = 0  # kept from F to B, or to I
+    saved_weight_bytes: int = 0  # the part of it (or in its place) kept from I to W
+    output_bytes: int = 0  # handed to the next layer
+
+    @property
+    def work(self) -> float:
+        """Seconds of F and B."""
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True, slots=True)
+class Overheads:
+    """Seconds that each instruction adds to what its layers cost, whatever the layers."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    backward_input: float = 0.0
+    backward_weight: float = 0.0
+    send: float = 0.0  # occupies the sender
+    receive: float = 0.0  # occupies the receiver
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """One parameter that two layers use (tied embedding and head): its gradients are summed each step."""
+
+    layers: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """A model as its costs."""
+
+    model: str
+    tokens_per_microbatch: int
+    layers: tuple[LayerCost, ...]
+    overheads: Overheads = Overheads()
+    shared: tuple[Shared, ...] = ()
+    devices: int | None = None  # a hint, used where the user gives none
+    microbatches: int | None = None  # likewise
+    source: str = ""
+    machine: str = ""
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.layers) <= MAX_LAYERS:
+            raise ProfileError(f"{self.model}: {len(self.layers)} layers, 1 to {MAX_LAYERS} are needed")
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers the chain has, embedding and head counted."""
+        return len(self.layers)
+
+    @property
+    def fingerprint(self) -> str:
+        """A short id of the chain that this is a profile of."""
+        return fingerprint((layer.name, layer.kind) for layer in self.layers)
+
+    @property
+    def num_blocks(self) -> int:
+        """Layers that are neither embedding nor head."""
+        return sum(layer.kind not in (EMBEDDING, HEAD) for layer in self.layers)
+
+    def units(self) -> tuple[tuple[int, int], ...]:
+        """The chain as runs of one block each, the embedding with the first block, the head with the last.
+
+        Today's frameworks count layers this way: their embedding and head come on top of an even split.
+        """
+        blocks = [i for i, layer in enumerate(self.layers) if layer.kind not in (EMBEDDING, HEAD)]
+        if not blocks:
+            return tuple((i, i + 1) for i in range(self.num_layers))
+        starts = [0, *blocks[1:], self.num_layers]
+        return tuple(zip(starts[:-1], starts[1:], strict=True))
+
+
+_SECONDS = {
+    "forward_seconds": "forward",
+    "backward_input_seconds": "backward_input",
+    "backward_weight_seconds": "backward_weight",
+}
+_BYTES = ("parameter_bytes", "state_bytes", "saved_bytes", "saved_weight_bytes", "output_bytes")
+
+
+def load_profile(path: str | Path) -> Profile:
+    """Read a profile file.
+
+    Raises:
+        InputError: the file is no strict JSON of this form.
+        ProfileError: it describes no model.
+    """
+    return profile_from_json(read_json(path, "profile"), str(path))
+
+
+def profile_from_text(text: str, where: str = "profile") -> Profile:
+    """Read a profile from its JSON text."""
+    return profile_from_json(parse_json(text, where), where)
+
+
+def profile_from_json(value: dict[str, Any], where: str = "profile") -> Profile:
+    """A profile from its JSON form; the inverse of `profile_to_json`."""
+    top = Fields(value, where)
+    if "format" in value or "version" in value:
+        top.format("adaptis-profile", VERSION)
+    layers = tuple(_layer(entry) for entry in top.objects("layers"))
+    overheads = Fields(top.take("overheads", dict, {}), f"{where}: overheads")
+    found = {f.name: overheads.number(f"{f.name}_seconds", 0.0) for f in fields(Overheads)}
+    overheads.done()
+    shared = []
+    for entry in top.objects("shared") if "shared" in value else ():
+        indices = tuple(entry.take("layers", list))
+        if not all(type(i) is int and 0 <= i < len(layers) for i in indices) or len(indices) < 2:
+            raise ProfileError(f"{entry.where}: 'layers' must list two or more of the layers 0..{len(layers) - 1}")
+        shared.append(Shared(indices, entry.count("bytes")))
+        entry.done()
+    profile = Profile(
+        model=top.take("model", str),
+        tokens_per_microbatch=top.count("tokens_per_microbatch", least=1),
+        layers=layers,
+        overheads=Overheads(**found),
+        shared=tuple(shared),
+        devices=top.count("devices", None, 1),
+        microbatches=top.count("microbatches", None, 1),
+        source=top.take("source", str, ""),
+        machine=top.take("machine", str, ""),
+    )
+    top.done()
+    return profile
+
+
+def _layer(entry: Fields) -> LayerCost:
+    times = {name: entry.number(key) for key, name in _SECONDS.items()}
+    sizes = {name: entry.count(name, 0) for name in _BYTES}
+    layer = LayerCost(
+        name=entry.take("name", str),
+        kind=entry.take("kind", str),
+        **times,
+        backward=entry.number("backward_seconds", times["backward_input"] + times["backward_weight"]),
+        update=entry.number("update_seconds", 0.0),
+        **sizes,
+    )
+    entry.done()
+    return layer
+
+
+def profile_to_json(profile: Profile) -> dict[str, Any]:
+    """The JSON form of `profile`; zeros and absent hints are left out."""
+    layers = []
+    for layer in profile.layers:
+        entry: dict[str, Any] = {"name": layer.name, "kind": layer.kind}
+        entry |= {key: getattr(layer, name) for key, name in _SECONDS.items()}
+        if layer.backward != layer.backward_input + layer.backward_weight:
+            entry["backward_seconds"] = layer.backward
+        if layer.update:
+            entry["update_seconds"] = layer.update
+        entry |= {name: getattr(layer, name) for name in _BYTES if getattr(layer, name)}
+        layers.append(entry)
+    result: dict[str, Any] = {
+        "format": "adaptis-profile",
+        "version": VERSION,
+        "model": profile.model,
+        "tokens_per_microbatch": profile.tokens_per_microbatch,
+        "devices": profile.devices,
+        "microbatches": profile.microbatches,
+        "source": profile.source,
+        "machine": profile.machine,
+        "overheads": {
+            f"{f.name}_seconds": getattr(profile.overheads, f.name)
+            for f in fields(Overheads)
+            if getattr(profile.overheads, f.name)
+        },
+        "shared": [{"layers": list(s.layers), "bytes": s.bytes} for s in profile.shared],
+        "layers": layers,
+    }
+    return {key: item for key, item in result.items() if item not in (None, "", {}, [])}
+
+
+def scaled(layer: LayerCost, factor: float) -> LayerCost:
+    """The same layer on a machine that takes `factor` times as long."""
+    return replace(
+        layer,
+        forward=layer.forward * factor,
+        backward_input=layer.backward_input * factor,
+        backward_weight=layer.backward_weight * factor,
+        backward=layer.backward * factor,
+        update=layer.update * factor,
+    )

@@ -1,0 +1,28 @@
+"""GPipe: all forwards, then all backwards."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from adaptis.program import Compute, Op
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+def gpipe(rank: int, num_ranks: int, num_microbatches: int, num_chunks: int = 1) -> Iterator[Compute]:
+    """All forwards, then all backwards: the simplest order, and the most activations. ::
+
+        rank 0 | F0 F1 F2 F3                   B0 -- B1 -- B2 -- B3 --
+        rank 1 |    F0 F1 F2 F3          B0 -- B1 -- B2 -- B3 --
+        rank 2 |       F0 F1 F2 F3 B0 -- B1 -- B2 -- B3 --
+
+    Bubble (p - 1)(F + B); every rank holds all m micro-batches.
+
+    References: Huang et al., "GPipe", NeurIPS 2019, section 2.3.
+    """
+    del num_ranks, num_chunks  # one stage per rank, and every rank does the same
+    for m in range(num_microbatches):
+        yield Compute(Op.FORWARD, rank, m)
+    for m in range(num_microbatches):
+        yield Compute(Op.BACKWARD, rank, m)
