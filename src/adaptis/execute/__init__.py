@@ -1,0 +1,1 @@
+"""Stages together: processes, transfers and the one loop that runs any checked program (torch)."""

@@ -1,0 +1,293 @@
+"""Starting the processes of a run, and watching them from outside `torch.distributed`.
+
+The supervisor is the parent process. It learns of a death from the operating system, not from a network that may
+stay silent for half an hour; it names the rank and the instruction from a few bytes of shared memory that each rank
+keeps up to date; it ends every process before it raises. A process whose parent dies is killed by the kernel, so
+nothing is left behind. ::
+
+    parent ──spawn──▶ rank 0, rank 1, ...      ranks talk to each other over gloo, on the loopback interface only
+       ▲──messages───────┘  (say, result, error)
+
+It knows nothing of models or plans.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import multiprocessing
+import os
+import signal
+import struct
+import tempfile
+import time
+import traceback
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from adaptis.errors import Error, RankError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from multiprocessing.process import BaseProcess
+
+_RECORD = struct.Struct("<qqqq")  # program, step, position, state
+COMPUTING, WAITING = 0, 1
+_SYMPTOMS = ("connection closed by peer", "connection reset", "connection refused", "broken pipe", "gloo")
+SETTLE = 0.3  # seconds to let the other ranks report before the first cause is named
+STALL = 120.0  # seconds without any progress of any rank
+
+
+class ProgressRecord:
+    """Where one rank stands, in memory that the supervisor reads; a write costs well under a microsecond."""
+
+    def __init__(self, path: str | Path, rank: int) -> None:
+        with Path(path).open("r+b") as file:
+            self._memory = mmap.mmap(file.fileno(), 0)
+        self._offset = rank * _RECORD.size
+        self._program, self._step, self._position = -1, -1, -1
+
+    def begin(self, program: int, step: int) -> None:
+        """A step of a program begins."""
+        self._program, self._step = program, step
+        self.at(-1)
+
+    def at(self, position: int) -> None:
+        """The instruction at `position` begins."""
+        self._position = position
+        _RECORD.pack_into(self._memory, self._offset, self._program, self._step, position, COMPUTING)
+
+    def waits(self) -> None:
+        """It waits for a value of another device."""
+        _RECORD.pack_into(self._memory, self._offset, self._program, self._step, self._position, WAITING)
+
+    def leave(self) -> None:
+        """No program runs now."""
+        self._program = -1
+        self.at(-1)
+
+
+@dataclass(slots=True)
+class _Rank:
+    process: BaseProcess
+    connection: Connection
+    phase: str = "starting"
+    programs: dict[int, list[str]] = field(default_factory=dict)  # id -> what stands at each position
+    error: dict[str, Any] | None = None
+    result: Any = None
+    done: bool = False
+
+
+def launch(
+    target: Callable[..., Any],
+    num_ranks: int,
+    *args: Any,
+    threads: int = 1,
+    say: Callable[[str, dict[str, Any]], None] = lambda kind, data: None,
+) -> list[Any]:
+    """Run `target(seat, *args)` in `num_ranks` new processes and return their results.
+
+    Args:
+        target: a function that a new process can import; gets a `Seat`.
+        num_ranks: how many processes.
+        args: pickled for each process.
+        threads: of each process's arithmetic.
+        say: called with what rank 0 says.
+
+    Raises:
+        RankError: a rank died, raised or hung; every process has ended by then.
+    """
+    with tempfile.TemporaryDirectory(prefix="adaptis-") as folder:
+        record = Path(folder, "progress")
+        record.write_bytes(_RECORD.pack(-1, -1, -1, COMPUTING) * num_ranks)
+        context = multiprocessing.get_context("spawn")
+        ranks: list[_Rank] = []
+        try:
+            with _environment(threads):
+                for rank in range(num_ranks):
+                    here, there = context.Pipe()
+                    seat = Seat(rank, num_ranks, str(Path(folder, "store")), str(record), threads)
+                    process = context.Process(
+                        target=_child, args=(seat, there, os.getpid(), target, args), daemon=True
+                    )
+                    process.start()
+                    there.close()
+                    ranks.append(_Rank(process, here))
+            _watch(ranks, record, say)
+            return [rank.result for rank in ranks]
+        finally:
+            _end(ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """What a new process needs to take its place."""
+
+    rank: int
+    num_ranks: int
+    store: str  # file where the ranks find each other
+    record: str  # file of the progress records
+    threads: int
+
+
+@contextlib.contextmanager
+def _environment(threads: int) -> Iterator[None]:
+    """What the children must find in their environment before they import anything."""
+    changes = {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "NUMBA_NUM_THREADS": os.environ.get("NUMBA_NUM_THREADS", str(os.cpu_count() or 1)),
+        "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    before = {key: os.environ.get(key) for key in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                del os.environ[key]
+            else:
+                os.environ[key] = value
+
+
+def _child(seat: Seat, connection: Connection, parent: int, target: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """A rank's process, from start to end."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no process outlives the supervisor
+    if os.getppid() != parent:
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-c is the supervisor's business
+    try:
+        connection.send(("result", target(seat, connection, *args)))
+        connection.close()
+    except BaseException as error:  # noqa: BLE001 - whatever it is, the supervisor has to hear of it
+        with contextlib.suppress(OSError):
+            connection.send(("error", describe_error(error)))
+        os._exit(1)
+
+
+def describe_error(error: BaseException) -> dict[str, Any]:
+    """An exception as the supervisor needs it."""
+    text = str(error).strip() or type(error).__name__
+    wanted = isinstance(error, Error)
+    symptom = not wanted and any(sign in text.lower() for sign in _SYMPTOMS)
+    return {
+        "text": text if wanted else f"{type(error).__name__}: {text.splitlines()[0]}",
+        "wanted": wanted,
+        "status": error.exit_status if isinstance(error, Error) else 1,
+        "symptom": symptom,
+        "traceback": "".join(traceback.format_exception(error)),
+    }
+
+
+def _watch(ranks: list[_Rank], record: Path, say: Callable[[str, dict[str, Any]], None]) -> None:
+    """Until every rank is done, or the first failure."""
+    last, since = b"", time.monotonic()
+    while not all(rank.done for rank in ranks):
+        connections = [rank.connection for rank in ranks if not rank.done]
+        sentinels = [rank.process.sentinel for rank in ranks if not rank.done]
+        heard = wait([*connections, *sentinels], timeout=0.5)
+        for number, rank in enumerate(ranks):
+            _listen(number, rank, say)
+        if any(rank.error or (not rank.done and rank.process.exitcode is not None) for rank in ranks):
+            _settle(ranks, say)
+            _fail(ranks, record)
+        now = record.read_bytes()
+        if heard or now != last:
+            last, since = now, time.monotonic()
+        elif time.monotonic() - since > STALL:
+            _stalled(ranks, record)
+
+
+def _listen(number: int, rank: _Rank, say: Callable[[str, dict[str, Any]], None]) -> None:
+    """Take in everything that a rank has said."""
+    with contextlib.suppress(EOFError, OSError):
+        while not rank.done and rank.connection.poll():
+            match rank.connection.recv():
+                case ("result", value):
+                    rank.result, rank.done = value, True
+                case ("error", error):
+                    rank.error = error
+                case ("phase", str() as phase):
+                    rank.phase = phase
+                case ("program", int() as key, list() as lines):
+                    rank.programs[key] = lines
+                case ("say", str() as kind, dict() as data):
+                    if number == 0:
+                        say(kind, data)
+
+
+def _settle(ranks: list[_Rank], say: Callable[[str, dict[str, Any]], None]) -> None:
+    """A failure shows on several ranks at about the same time: hear them all before judging."""
+    deadline = time.monotonic() + SETTLE
+    while time.monotonic() < deadline:
+        for number, rank in enumerate(ranks):
+            _listen(number, rank, say)
+        time.sleep(0.02)
+
+
+def _fail(ranks: list[_Rank], record: Path) -> None:
+    """Name the first cause: a killed process before one that raised, and that before one that lost its peer."""
+    data = record.read_bytes()
+    for number, rank in enumerate(ranks):
+        code = rank.process.exitcode
+        if code is not None and code < 0 and rank.error is None:
+            name = signal.Signals(-code).name
+            hint = "; the system may have run out of memory" if -code == signal.SIGKILL else ""
+            raise RankError(f"rank {number} was killed by {name} ({place(rank, data, number)}){hint}", number)
+    failed = [(number, rank) for number, rank in enumerate(ranks) if rank.error]
+    for number, rank in sorted(failed, key=lambda item: bool(item[1].error and item[1].error["symptom"])):
+        error = rank.error or {}
+        text = error["text"]
+        if not error["wanted"] or error["status"] == 1:
+            text = f"rank {number} failed ({place(rank, data, number)}): {text}"
+        failure = RankError(text, number, error["traceback"])
+        failure.exit_status = error["status"]
+        raise failure
+    for number, rank in enumerate(ranks):
+        if not rank.done and rank.process.exitcode is not None:
+            raise RankError(
+                f"rank {number} ended with status {rank.process.exitcode} before its work was done "
+                f"({place(rank, data, number)})",
+                number,
+            )
+
+
+def _stalled(ranks: list[_Rank], record: Path) -> None:
+    """Nothing moves: name the ranks that do not wait for another."""
+    data = record.read_bytes()
+    guilty = [n for n in range(len(ranks)) if _read(data, n)[3] != WAITING] or list(range(len(ranks)))
+    places = "; ".join(f"rank {n} ({place(ranks[n], data, n)})" for n in guilty)
+    raise RankError(f"no rank made progress for {STALL:.0f} s; the others wait for {places}", guilty[0])
+
+
+def _read(data: bytes, rank: int) -> tuple[int, int, int, int]:
+    program, step, position, state = _RECORD.unpack_from(data, rank * _RECORD.size)
+    return program, step, position, state
+
+
+def place(rank: _Rank, data: bytes, number: int) -> str:
+    """Where a rank stands: step, stage, micro-batch and instruction, or what it was doing."""
+    program, step, position, state = _read(data, number)
+    lines = rank.programs.get(program)
+    if lines is None or not 0 <= position < len(lines):
+        return f"step {step}, {rank.phase}" if program >= 0 else rank.phase
+    waiting = ", waiting for its input" if state == WAITING else ""
+    return f"step {step}, {lines[position]}{waiting}"
+
+
+def _end(ranks: list[_Rank]) -> None:
+    """No process of the run is left when this returns."""
+    for rank in ranks:
+        if not rank.done and rank.process.is_alive():
+            rank.process.kill()
+    for rank in ranks:
+        rank.process.join(timeout=5.0)
+        if rank.process.is_alive():
+            rank.process.kill()
+            rank.process.join()
+        rank.connection.close()

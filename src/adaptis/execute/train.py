@@ -1,0 +1,207 @@
+"""Training under a plan: the ten-line use, and what `adaptis train` runs.
+
+By itself on one machine (own processes, supervised), or as one of the ranks that `torchrun` started. Where no plan is
+given, the ranks measure the model side by side and rank 0 plans before the first step.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from adaptis.errors import InputError
+from adaptis.execute import checkpoint
+from adaptis.execute.launch import launch
+from adaptis.execute.prepare import Measured, measure, share
+from adaptis.execute.session import Session
+from adaptis.execute.world import World, launched, seated, under_torchrun
+from adaptis.plan import Plan, load_plan, plan_from_json, plan_to_json, save_plan
+from adaptis.profile import profile_to_json
+from adaptis.search import Stop, search
+from adaptis.timeline import timeline_to_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from multiprocessing.connection import Connection
+
+    from adaptis.execute.launch import Seat
+    from adaptis.execute.session import Optimizer
+    from adaptis.measure.stage import Microbatch, TorchModel
+
+Say = "Callable[[str, dict[str, Any]], None]"
+adamw: Optimizer = functools.partial(torch.optim.AdamW, lr=1e-3, fused=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One training run; must be picklable."""
+
+    model: TorchModel | Callable[[], TorchModel]
+    batches: Callable[[int], Sequence[Microbatch]]  # step -> the micro-batches of the whole step
+    steps: int  # the run ends when so many have been made, those before a resume counted
+    plan: Plan | None = None  # None: measure and plan first
+    optimizer: Optimizer = adamw
+    seed: int = 0
+    search_seconds: float = 5.0
+    folder: str = ""  # where plan, profile, timeline and checkpoints go; empty: nowhere
+    save_every: int = 0  # steps; 0: at the end only
+    resume: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a run gives back."""
+
+    losses: list[float]  # one per step of this run
+    step_seconds: list[float]
+    plan: Plan
+    checkpoint: str = ""  # the last one, empty where nothing was saved
+    timeline: dict[str, Any] = field(default_factory=dict)  # of a typical step, as JSON
+    profile: dict[str, Any] | None = None  # as JSON, where it was measured
+
+
+def train(
+    model: TorchModel | Callable[[], TorchModel],
+    batches: Callable[[int], Sequence[Microbatch]],
+    *,
+    devices: int = 2,
+    steps: int,
+    plan: Plan | str | Path = "auto",
+    optimizer: Optimizer = adamw,
+    seed: int = 0,
+    search_seconds: float = 5.0,
+    folder: str | Path = "",
+    save_every: int = 0,
+    resume: bool = False,
+    say: Callable[[str, dict[str, Any]], None] = lambda kind, data: None,
+) -> Result:
+    """Train `model` on `devices` processes, exactly as one process would.
+
+    Under `torchrun` this process is one of its ranks and `devices` is not used. Otherwise new processes are started,
+    so a script calls this below ``if __name__ == "__main__":``, with a model and functions that they can import.
+
+    Args:
+        model: a `Chain`, a `HuggingFaceModel`, or a function that makes one.
+        batches: step to the micro-batches of that step, each a dict of tensors; the same on every rank.
+        devices: how many processes to start.
+        steps: how many steps the run has, those before a resume counted.
+        plan: a `Plan`, the path of one, or "auto" to measure and search first.
+        optimizer: makes the optimizer from the parameters of a rank.
+        seed: of the initial weights and of the search.
+        search_seconds: how long to search for a plan.
+        folder: for plan, profile, timeline and checkpoints.
+        save_every: steps between checkpoints; 0 saves at the end only.
+        resume: continue from the newest checkpoint in `folder`.
+        say: called with the progress.
+
+    Raises:
+        Error: one sentence about what was wrong; every process has ended by then.
+    """
+    chosen = None if plan == "auto" else plan if isinstance(plan, Plan) else load_plan(cast("str", plan))
+    if steps < 1:
+        raise InputError(f"{steps} steps: at least 1 is needed")
+    job = Job(
+        model, batches, steps, chosen, optimizer, seed, search_seconds, str(folder), save_every, resume
+    )
+    if under_torchrun():
+        with launched(say) as world:
+            return run(world, job)
+    if devices < 1:
+        raise InputError(f"{devices} devices: at least 1 is needed")
+    return launch(train_rank, devices, job, say=say)[0]
+
+
+def train_rank(seat: Seat, connection: Connection, job: Job) -> Result | None:
+    """A rank under our own supervisor."""
+    with seated(seat, connection) as world:
+        result = run(world, job)
+        return result if world.rank == 0 else None
+
+
+def run(world: World, job: Job) -> Result:
+    """Plan where needed, train, save; every rank calls this and gets the same result."""
+    world.phase("building the model")
+    made = job.model
+    model = cast("TorchModel", made if hasattr(made, "layers") else cast("Callable[[], TorchModel]", made)())
+    measured, plan = None, job.plan
+    if plan is None:
+        measured, plan = _plan(world, model, job)
+    world.phase("building stages")
+    session = Session(world, model, plan, optimizer=job.optimizer, seed=job.seed)
+    folder = Path(job.folder) if job.folder else None
+    if job.resume:
+        _resume(session, folder)
+    if world.rank == 0 and folder:
+        save_plan(plan, folder / "plan.json")
+    world.say("start", step=session.steps, steps=job.steps, plan=plan_to_json(plan))
+    results, saved = [], ""
+    world.phase("training")
+    while session.steps < job.steps:
+        result = session.step(job.batches(session.steps))
+        results.append(result)
+        seconds = result.end - result.begin
+        world.say("step", step=session.steps, steps=job.steps, loss=result.loss, seconds=seconds)
+        due = session.steps == job.steps or (job.save_every and session.steps % job.save_every == 0)
+        if folder and due:
+            world.phase("saving a checkpoint")
+            saved = str(checkpoint.save(session, folder / "checkpoints", seed=job.seed))
+            world.phase("training")
+    return _result(session, results, saved, measured)
+
+
+def _plan(world: World, model: TorchModel, job: Job) -> tuple[Measured, Plan]:
+    first = job.batches(0)
+    found = measure(
+        world,
+        model,
+        first[0],
+        optimizer=job.optimizer,
+        num_microbatches=len(first),
+        seed=job.seed,
+    )
+    measured = share(world, found)
+    world.say("profile", profile=profile_to_json(measured.profile))
+    world.phase("planning" if world.rank == 0 else "waiting for the plan")
+    text = None
+    if world.rank == 0:
+        stop = Stop(seconds=job.search_seconds)
+        answer = search(measured.profile, measured.cluster, len(first), stop, seed=job.seed)
+        text = json.dumps(plan_to_json(answer.plan))
+        if job.folder:
+            from adaptis.cluster import cluster_to_json
+            from adaptis.files import write_json
+
+            write_json(Path(job.folder, "profile.json"), profile_to_json(measured.profile))
+            write_json(Path(job.folder, "cluster.json"), cluster_to_json(measured.cluster))
+    return measured, plan_from_json(json.loads(world.broadcast(text)))
+
+
+def _resume(session: Session, folder: Path | None) -> None:
+    if folder is None:
+        raise InputError("to resume, say from where: a folder with checkpoints is needed")
+    session.world.phase("loading a checkpoint")
+    found = checkpoint.newest(folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder)
+    checkpoint.load(session, found)
+    session.world.say("resumed", step=session.steps, checkpoint=str(found))
+
+
+def _result(session: Session, results: list[Any], saved: str, measured: Measured | None) -> Result:
+    timeline: dict[str, Any] = {}
+    if results:
+        ordered = sorted(results[min(2, len(results) - 1) :], key=lambda r: r.end - r.begin)
+        lengths = json.loads(session.world.broadcast(json.dumps([results.index(r) for r in ordered])))
+        typical = results[lengths[len(lengths) // 2]]
+        timeline = timeline_to_json(session.timeline(typical, session.plan.schedule))
+    return Result(
+        losses=[result.loss for result in results],
+        step_seconds=[result.end - result.begin for result in results],
+        plan=session.plan,
+        checkpoint=saved,
+        timeline=timeline,
+        profile=profile_to_json(measured.profile) if measured else None,
+    )

@@ -1,0 +1,131 @@
+"""One rank's view of the run: who it is, how it talks to the others, and to whoever watches.
+
+The same under our own supervisor and under `torchrun`. Objects never travel pickled between ranks: texts do, as bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from adaptis.errors import InputError, RankError
+from adaptis.execute.launch import ProgressRecord, Seat
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from multiprocessing.connection import Connection
+
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(slots=True)
+class World:
+    """This rank among the others."""
+
+    rank: int
+    size: int
+    progress: ProgressRecord
+    tell: Callable[..., None]  # ("say", kind, data), ("phase", text) or ("program", key, lines)
+
+    def say(self, kind: str, **data: Any) -> None:
+        """Tell whoever watches; what other ranks than 0 say is not shown."""
+        self.tell("say", kind, data)
+
+    def phase(self, text: str) -> None:
+        """What this rank does now, for messages about its death."""
+        self.tell("phase", text)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier()
+
+    def sum(self, number: float) -> float:
+        """The sum of every rank's number, on every rank."""
+        total = torch.tensor([number], dtype=torch.float64)
+        dist.all_reduce(total)
+        return float(total)
+
+    def broadcast(self, text: str | None, source: int = 0) -> str:
+        """The source's text, on every rank."""
+        data = (text or "").encode()
+        size = torch.tensor([len(data)])
+        dist.broadcast(size, source)
+        buffer = torch.zeros(int(size), dtype=torch.uint8)
+        if self.rank == source:
+            buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        if int(size):
+            dist.broadcast(buffer, source)
+        return bytes(buffer.numpy()).decode()
+
+    def gather(self, text: str) -> list[str]:
+        """Every rank's text, on every rank."""
+        return [self.broadcast(text, source) for source in range(self.size)]
+
+
+@contextlib.contextmanager
+def seated(seat: Seat, connection: Connection) -> Iterator[World]:
+    """Join the run that our own supervisor started."""
+    torch.set_num_threads(seat.threads)
+    store = dist.FileStore(seat.store, seat.num_ranks)
+    dist.init_process_group("gloo", store=store, rank=seat.rank, world_size=seat.num_ranks, timeout=TIMEOUT)
+
+    def tell(*message: Any) -> None:
+        connection.send(message)
+
+    try:
+        yield World(seat.rank, seat.num_ranks, ProgressRecord(seat.record, seat.rank), tell)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+
+
+def under_torchrun() -> bool:
+    """Whether somebody else has started the ranks."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+@contextlib.contextmanager
+def launched(say: Callable[[str, dict[str, Any]], None]) -> Iterator[World]:
+    """Join the run that `torchrun` started; rank 0 says what there is to say.
+
+    Raises:
+        InputError: the port of the rendezvous is taken.
+        RankError: another rank was lost.
+    """
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+    def tell(*message: Any) -> None:
+        if message[0] == "say" and rank == 0:
+            say(message[1], message[2])
+
+    try:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise _rendezvous_error(error) from None
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(bytes(32 * (rank + 1)))
+        file.flush()
+        try:
+            yield World(rank, size, ProgressRecord(Path(file.name), rank), tell)
+            dist.barrier()
+        finally:
+            dist.destroy_process_group()
+
+
+def _rendezvous_error(error: Exception) -> InputError | RankError:
+    address = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    text = str(error)
+    if "EADDRINUSE" in text or "address already in use" in text:
+        return InputError(
+            f"the rendezvous port {address} is in use by another program; give torchrun another --master-port"
+        )
+    return RankError(f"the ranks did not meet at {address}: {text.splitlines()[0]}")

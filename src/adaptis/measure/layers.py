@@ -1,0 +1,272 @@
+"""What each layer costs on this machine: a model and one micro-batch become a `Profile`.
+
+Each distinct layer (by signature) is built and timed once, with its real input, going round all of them so that no
+layer sits warm in the cache as it never would in training. Per layer: F, fused B, and I and W apart (their sum can
+exceed B: the split must pay for itself), bytes kept, bytes handed on, the optimizer's step.
+
+A stage also costs something per instruction, whatever its layers (a Hugging Face forward builds masks and rotary
+tables each time). It is found from a run of k layers: overhead = (sum of the single times - time of the run) / (k - 1).
+
+Where several processes will compute side by side, measure in as many at once (`together`): they share caches and
+memory bandwidth.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from statistics import median
+from typing import TYPE_CHECKING
+
+import torch
+
+from adaptis.measure.compute import StageCompute
+from adaptis.profile import LayerCost, Overheads, Profile, Shared
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch import Tensor, nn
+
+    from adaptis.measure.stage import Microbatch, StageModule, TorchModel
+
+    Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+LETTERS = ("F", "B", "I", "W")
+RUN_LAYERS = 6  # at most so many consecutive layers to find the overhead of an instruction
+WARMUP = 2
+
+
+@dataclass(slots=True)
+class _Subject:
+    """Layers [start, stop) under measurement."""
+
+    start: int
+    stop: int
+    compute: StageCompute
+    module: StageModule
+    inputs: Tensor | None
+    gradient: Tensor | None = None
+    output_bytes: int = 0
+    saved_bytes: int = 0
+    saved_weight_bytes: int = 0
+    update: float = 0.0
+    seconds: dict[str, list[float]] = field(
+        default_factory=lambda: {letter: [] for letter in LETTERS}
+    )
+
+    def median(self, letter: str) -> float:
+        return median(self.seconds[letter])
+
+
+def measure_layers(
+    model: TorchModel,
+    microbatch: Microbatch,
+    *,
+    optimizer: Optimizer,
+    rounds: int = 9,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    together: Callable[[], None] = lambda: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Profile:
+    """Measure every distinct layer of `model` on `microbatch`.
+
+    Args:
+        model: the chain.
+        microbatch: an ordinary one; the profile's unit.
+        optimizer: makes the optimizer whose step is timed.
+        rounds: how often each layer is timed; medians are kept.
+        seed: of the initial weights.
+        device: where to compute.
+        together: called before each round, to keep measuring processes in step.
+        progress: called with (rounds done, rounds in all).
+    """
+    weight = 1.0 / model.weight(microbatch)
+    singles, run = _subjects(model, microbatch, weight, seed, device)
+    subjects = [*singles.values(), *([run] if run else [])]
+    for count in range(WARMUP + rounds):
+        together()
+        for subject in subjects:
+            _round(subject, microbatch, weight, keep=count >= WARMUP)
+        progress(count + 1, WARMUP + rounds)
+    for subject in singles.values():
+        _sizes(subject, microbatch, weight)
+        _update(subject, optimizer)
+    overheads = _overheads(model, singles, run)
+    return Profile(
+        model=model.name,
+        tokens_per_microbatch=max(1, round(model.weight(microbatch))),
+        layers=tuple(_cost(model, i, singles, overheads) for i in range(len(model.layers))),
+        overheads=Overheads(**{_FIELDS[letter]: seconds for letter, seconds in overheads.items()}),
+        shared=_shared(model, seed),
+        source=f"measured by adaptis: median of {rounds} rounds",
+        machine=f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {device}",
+    )
+
+
+_FIELDS = {"F": "forward", "B": "backward", "I": "backward_input", "W": "backward_weight"}
+
+
+def _key(model: TorchModel, index: int) -> str:
+    layer = model.layers[index]
+    return layer.signature or layer.name
+
+
+def _subjects(
+    model: TorchModel, microbatch: Microbatch, weight: float, seed: int, device: torch.device | str
+) -> tuple[dict[str, _Subject], _Subject | None]:
+    """Each distinct layer with the input that really reaches it, and one run of consecutive layers."""
+    count = len(model.layers)
+    singles: dict[str, _Subject] = {}
+    arriving: list[Tensor | None] = []
+    hidden: Tensor | None = None
+    for index in range(count):
+        arriving.append(hidden)
+        key = _key(model, index)
+        if key not in singles:
+            singles[key] = _subject(model, index, index + 1, hidden, seed, device)
+        hidden = _output(singles[key], hidden, microbatch, weight)
+    length = min(RUN_LAYERS, count - 2)
+    if length < 2:
+        return singles, None
+    start = 1 + (count - 2 - length) // 2
+    run = _subject(model, start, start + length, arriving[start], seed, device)
+    _output(run, arriving[start], microbatch, weight)
+    return singles, run
+
+
+def _subject(
+    model: TorchModel,
+    start: int,
+    stop: int,
+    inputs: Tensor | None,
+    seed: int,
+    device: torch.device | str,
+) -> _Subject:
+    module = model.build(start, stop, seed=seed, device=device)
+    compute = StageCompute(model, module, last=stop == len(model.layers))
+    return _Subject(start, stop, compute, module, inputs)
+
+
+def _output(
+    subject: _Subject, inputs: Tensor | None, microbatch: Microbatch, weight: float
+) -> Tensor | None:
+    """The subject's output for `inputs`, which also makes the gradient that B will be given."""
+    output = subject.compute.forward(0, inputs, microbatch, weight)
+    if output is not None and subject.gradient is None:
+        subject.gradient = torch.randn_like(output) * weight
+        subject.output_bytes = output.untyped_storage().nbytes()
+    subject.compute.backward(0, None if output is None else torch.zeros_like(output))
+    return output
+
+
+def _round(subject: _Subject, microbatch: Microbatch, weight: float, *, keep: bool) -> None:
+    """Time F and B, then F, I and W."""
+    compute, gradient = subject.compute, subject.gradient
+
+    def timed(letter: str, call: Callable[[], object]) -> None:
+        begin = time.perf_counter()
+        call()
+        if keep:
+            subject.seconds[letter].append(time.perf_counter() - begin)
+
+    timed("F", lambda: compute.forward(0, subject.inputs, microbatch, weight))
+    timed("B", lambda: compute.backward(0, gradient))
+    compute.split(on=True)
+    compute.forward(0, subject.inputs, microbatch, weight)
+    timed("I", lambda: compute.backward_input(0, gradient))
+    timed("W", lambda: compute.backward_weight(0))
+    compute.split(on=False)
+
+
+def _sizes(subject: _Subject, microbatch: Microbatch, weight: float) -> None:
+    """Bytes kept from F to B, and from I to W; each storage once, parameters not counted."""
+    owned = {p.untyped_storage().data_ptr() for p in subject.module.parameters()}
+    held: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            held[storage.data_ptr()] = storage
+        return tensor
+
+    subject.compute.split(on=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        subject.compute.forward(0, subject.inputs, microbatch, weight)
+    subject.saved_bytes = sum(storage.nbytes() for storage in held.values())
+    subject.compute.backward_input(0, subject.gradient)
+    subject.saved_weight_bytes = subject.compute.pending_bytes(0)
+    subject.compute.backward_weight(0)
+    subject.compute.split(on=False)
+
+
+def _update(subject: _Subject, optimizer: Optimizer) -> None:
+    """Seconds of the optimizer's step; the second one, when its state exists."""
+    parameters = [p for p in subject.module.parameters() if p.grad is not None]
+    if not parameters:
+        return
+    instance = optimizer(parameters)
+    times = []
+    for _ in range(4):
+        begin = time.perf_counter()
+        instance.step()
+        times.append(time.perf_counter() - begin)
+    subject.update = min(times[1:])
+
+
+def _overheads(
+    model: TorchModel, singles: dict[str, _Subject], run: _Subject | None
+) -> dict[str, float]:
+    """Seconds per instruction, by letter."""
+    if run is None:
+        return dict.fromkeys(LETTERS, 0.0)
+    layers = [singles[_key(model, i)] for i in range(run.start, run.stop)]
+    result = {}
+    for letter in LETTERS:
+        singly = [layer.median(letter) for layer in layers]
+        overhead = (sum(singly) - run.median(letter)) / (len(layers) - 1)
+        # An instruction cannot cost more than the cheapest layer does with it.
+        result[letter] = min(max(overhead, 0.0), min(singly))
+    return result
+
+
+def _cost(
+    model: TorchModel, index: int, singles: dict[str, _Subject], overheads: dict[str, float]
+) -> LayerCost:
+    layer, subject = model.layers[index], singles[_key(model, index)]
+    seconds = {letter: max(subject.median(letter) - overheads[letter], 0.0) for letter in LETTERS}
+    parameters = subject.module.layer_parameters()[subject.start]
+    size = sum(p.numel() * p.element_size() for p in parameters)
+    trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
+    return LayerCost(
+        name=layer.name,
+        kind=layer.kind,
+        forward=seconds["F"],
+        backward_input=seconds["I"],
+        backward_weight=seconds["W"],
+        backward=seconds["B"],
+        update=subject.update,
+        parameter_bytes=size,
+        state_bytes=size + 3 * trained,  # gradients and the two moments of Adam
+        saved_bytes=subject.saved_bytes,
+        saved_weight_bytes=subject.saved_weight_bytes,
+        output_bytes=subject.output_bytes,
+    )
+
+
+def _shared(model: TorchModel, seed: int) -> tuple[Shared, ...]:
+    """The parameters that several layers list under one global name."""
+    owners: dict[str, list[int]] = {}
+    sizes: dict[str, int] = {}
+    for index in (0, len(model.layers) - 1):
+        for name, parameter in (
+            model.build(index, index + 1, seed=seed, device="meta").global_parameters().items()
+        ):
+            owners.setdefault(name, []).append(index)
+            sizes[name] = parameter.numel() * parameter.element_size()
+    return tuple(
+        Shared(tuple(layers), sizes[name])
+        for name, layers in owners.items()
+        if len(set(layers)) > 1
+    )
