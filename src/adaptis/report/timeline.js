@@ -1,0 +1,411 @@
+// Decodes the timelines of the report and paints them. control.js follows in the same function. All
+// charts share one view, the visible seconds. Nothing is read but what is in the page.
+const began = performance.now();
+const data = JSON.parse(document.getElementById("data").textContent);
+const OPS = data.ops.length, GUTTER = 76, RIGHT = 14, AXIS = 24, BOTTOM = 6;
+const tip = document.getElementById("tip");
+const dark = window.matchMedia("(prefers-color-scheme: dark)");
+const timelines = data.timelines.map(decode);
+const limit = Math.max(...timelines.map((t) => Math.max(t.step, t.makespan)), 0) || 1;
+const view = { from: 0, to: limit };
+let theme, pointer = null, waiting = false, drawn = 0;
+
+// --- data ----------------------------------------------------------------------------------------
+
+function decode(packed) {
+  const devices = packed.devices.map((d) => decodeDevice(d, packed.tick));
+  const memory = packed.memory.map((curve) => decodeCurve(curve, packed.tick));
+  const count = devices.reduce((n, d) => n + d.count, 0);
+  return { ...packed, devices, memory, count, index: null };
+}
+
+// The inverse of pack.py: every column holds differences from what was to be expected.
+function decodeDevice(packed, tick) {
+  const count = packed.kind.length;
+  const device = {
+    count, code: new Int32Array(count), microbatch: new Int32Array(count),
+    start: new Float64Array(count), end: new Float64Array(count),
+  };
+  const last = packed.kinds.map(() => -1), length = packed.kinds.map(() => 0);
+  let clock = 0;
+  for (let i = 0; i < count; i++) {
+    const kind = packed.kind[i];
+    last[kind] += packed.microbatch[i] + 1;
+    length[kind] += packed.length[i];
+    device.code[i] = packed.kinds[kind];
+    device.microbatch[i] = last[kind];
+    device.start[i] = (clock += packed.gap[i]) * tick;
+    device.end[i] = (clock += length[kind]) * tick;
+  }
+  return device;
+}
+
+function decodeCurve(packed, tick) {
+  let time = 0, bytes = 0;
+  return {
+    time: Float64Array.from(packed.time, (d) => (time += d) * tick),
+    bytes: Float64Array.from(packed.bytes, (d) => (bytes += d)),
+  };
+}
+
+// The first index with values[index] > x; values ascend.
+function after(values, x) {
+  let low = 0, high = values.length;
+  while (low < high) {
+    const middle = (low + high) >> 1;
+    if (values[middle] > x) high = middle; else low = middle + 1;
+  }
+  return low;
+}
+
+const stageOf = (code) => Math.floor(code / OPS);
+const nameOf = (d, i) => `${stageOf(d.code[i])}${data.ops[d.code[i] % OPS]}${d.microbatch[i]}`;
+const labelOf = (t, d, i) => (t.many ? nameOf(d, i) : data.ops[d.code[i] % OPS] + d.microbatch[i]);
+
+// Both are below 2^31, their pair is exact as a float for less than 2^22 codes.
+const key = (code, microbatch) => code * 2 ** 31 + microbatch;
+
+function find(t, code, microbatch) {
+  if (!t.index) {
+    t.index = new Map();
+    t.devices.forEach((d, device) => {
+      for (let i = 0; i < d.count; i++) t.index.set(key(d.code[i], d.microbatch[i]), [device, i]);
+    });
+  }
+  return t.index.get(key(code, microbatch));
+}
+
+// What instruction i of a device waited for: the latest of those that wrote what it reads.
+function dependency(t, device, i) {
+  const d = t.devices[device], op = d.code[i] % OPS, stage = stageOf(d.code[i]);
+  let best = null;
+  for (const writers of data.reads[op]) {
+    for (const [writer, offset] of writers) {
+      const source = stage + offset;
+      const at = source < 0 ? null : find(t, source * OPS + writer, d.microbatch[i]);
+      if (at && (!best || t.devices[at[0]].end[at[1]] > t.devices[best[0]].end[best[1]])) best = at;
+    }
+  }
+  return best;
+}
+
+// --- words ---------------------------------------------------------------------------------------
+
+const UNITS = [[1, "s"], [1e-3, "ms"], [1e-6, "µs"], [1e-9, "ns"]];
+// What would be rounded up to the next unit is shown in it.
+function unitOf(seconds) {
+  return UNITS.find(([unit]) => Math.abs(seconds) >= 0.99995 * unit) || UNITS[seconds ? 3 : 0];
+}
+
+function duration(seconds) {
+  const size = Math.abs(seconds);
+  if (size === 0) return "0";
+  const [unit, name] = unitOf(size), value = size / unit;
+  return `${(seconds / unit).toFixed(value < 10 ? 3 : value < 100 ? 2 : 1)} ${name}`;
+}
+
+// A point in time, with the digits that a length of `resolution` needs.
+function moment(seconds, resolution) {
+  const [unit, name] = unitOf(seconds);
+  const digits = resolution > 0 ? Math.ceil(2 - Math.log10(resolution / unit)) : 3;
+  return `${(seconds / unit).toFixed(Math.min(Math.max(digits, 0), 9))} ${name}`;
+}
+
+function bytes(count) {
+  for (const [unit, name] of [[2 ** 30, "GiB"], [2 ** 20, "MiB"], [2 ** 10, "KiB"]]) {
+    if (count >= unit) return `${(count / unit).toFixed(1)} ${name}`;
+  }
+  return `${count} B`;
+}
+
+function waits(t, device, i) {
+  const d = t.devices[device], clock = i ? d.end[i - 1] : 0, gap = d.start[i] - clock;
+  const since = i ? `after ${nameOf(d, i - 1)}` : "at the start of the step";
+  if (gap <= t.tick * 2) return [`Began at once ${since}`];
+  const lines = [`Idle for ${duration(gap)} ${since}`], at = dependency(t, device, i);
+  const ready = at ? t.devices[at[0]].end[at[1]] : 0;
+  const computing = Math.min(Math.max(ready - clock, 0), gap), rest = gap - computing;
+  if (computing > 0) {
+    const source = nameOf(t.devices[at[0]], at[1]);
+    lines.push(`${duration(computing)} until ${source} on device ${at[0]} was done`);
+  }
+  if (rest > t.tick * 2) {
+    const moved = at && at[0] !== device;
+    lines.push(moved ? `${duration(rest)} until its result came over from device ${at[0]}`
+      : `${duration(rest)} more, though all it reads was there`);
+  }
+  return lines;
+}
+
+// The text for a moment of a device: a heading, lines, and the instruction it is about, if any.
+function describe(t, device, seconds) {
+  const d = t.devices[device], i = after(d.start, seconds) - 1;
+  const memory = memoryAt(t, device, seconds);
+  const tail = memory === null ? [] : [`${bytes(memory)} in use`];
+  if (i >= 0 && seconds < d.end[i]) {
+    const code = d.code[i], stage = stageOf(code), lines = [];
+    if (t.layers[stage]) lines.push(t.layers[stage]);
+    const length = d.end[i] - d.start[i];
+    const [from, to] = [moment(d.start[i], length), moment(d.end[i], length)];
+    lines.push(`${from} to ${to}, ${duration(length)} long`);
+    const what = `${nameOf(d, i)}: ${data.names[code % OPS]}`;
+    const head = `${what}, stage ${stage}, micro-batch ${d.microbatch[i]}, device ${device}`;
+    return { head, lines, waits: [...waits(t, device, i), ...tail], row: i };
+  }
+  if (i + 1 < d.count) {
+    const lines = waits(t, device, i + 1);
+    const head = `Idle before ${nameOf(d, i + 1)}, device ${device}`;
+    return { head, lines, waits: tail, row: i + 1 };
+  }
+  const last = d.count ? d.end[d.count - 1] : 0;
+  if (seconds > t.step) return null;
+  if (seconds > t.makespan) {
+    const lines = [duration(t.step - t.makespan)];
+    return { head: `Optimizer, device ${device}`, lines, waits: tail };
+  }
+  const rest = [`Idle for ${duration(t.makespan - last)} until the last instruction ends`];
+  return { head: `Cool-down, device ${device}`, lines: rest, waits: tail };
+}
+
+function memoryAt(t, device, seconds) {
+  const curve = t.memory[device];
+  if (!curve || !curve.time.length) return null;
+  return curve.bytes[Math.max(after(curve.time, seconds) - 1, 0)];
+}
+
+// --- painting ------------------------------------------------------------------------------------
+
+// A colour as one pixel of an ImageData seen as 32-bit integers, little-endian as all browsers are.
+function pixel(colour) {
+  const hex = colour.length === 4 ? colour.replace(/[0-9a-f]/gi, "$&$&") : colour;
+  const value = parseInt(hex.slice(1), 16);
+  return (0xff000000 | ((value & 255) << 16) | (value & 0xff00) | (value >> 16)) >>> 0;
+}
+
+function readTheme() {
+  const style = getComputedStyle(document.documentElement);
+  theme = { font: getComputedStyle(document.body).fontFamily };
+  for (const name of ["text", "quiet", "row", "split", "after", "accent", "memory"]) {
+    theme[name] = style.getPropertyValue(`--${name}`).trim();
+  }
+}
+
+function layout(chart) {
+  const t = chart.timeline, count = t.devices.length;
+  const heights = [[4, 34], [8, 28], [16, 22], [32, 15], [256, 11], [Infinity, 3]];
+  chart.row = heights.find(([most]) => count <= most)[1];
+  chart.curve = t.memory.length ? (count <= 16 ? 16 : 7) : 0;
+  chart.pitch = chart.row + chart.curve + (count <= 16 ? 5 : 2);
+  chart.width = chart.box.clientWidth;
+  chart.height = AXIS + count * chart.pitch + BOTTOM;
+  chart.ratio = window.devicePixelRatio || 1;
+  for (const canvas of [chart.back, chart.front]) {
+    canvas.width = Math.round(chart.width * chart.ratio);
+    canvas.height = Math.round(chart.height * chart.ratio);
+    canvas.style.height = `${chart.height}px`;
+  }
+  chart.plot = Math.max(chart.width - GUTTER - RIGHT, 50);
+  chart.image = null;
+}
+
+const perSecond = (pixels) => pixels / (view.to - view.from);
+const toX = (chart, seconds) => GUTTER + (seconds - view.from) * perSecond(chart.plot);
+const toSeconds = (chart, x) => view.from + (x - GUTTER) / perSecond(chart.plot);
+
+function paint(chart) {
+  const context = chart.back.getContext("2d", { alpha: true }), { ratio, timeline: t } = chart;
+  context.setTransform(ratio, 0, 0, ratio, 0, 0);
+  context.clearRect(0, 0, chart.width, chart.height);
+  let visible = 0;
+  for (const d of t.devices) visible += after(d.start, view.to) - after(d.end, view.from);
+  chart.dense = visible > (t.devices.length * chart.plot) / 3;
+  const labels = paintPixels(chart, context);
+  context.setTransform(ratio, 0, 0, ratio, 0, 0);
+  paintAfter(chart, context);
+  paintAxis(chart, context);
+  paintLabels(chart, context, labels);
+  paintMemory(chart, context);
+  paintNames(chart, context);
+}
+
+// All rows go through one image: what that costs depends on the pixels, hardly on the instructions.
+function paintPixels(chart, context) {
+  const { ratio, timeline: t } = chart;
+  const width = Math.round(chart.plot * ratio), height = Math.round(chart.row * ratio);
+  const line = (device) => Math.round(device * chart.pitch * ratio);
+  const total = line(t.devices.length - 1) + height;
+  if (!t.devices.length) return [];
+  if (!chart.image) chart.image = context.createImageData(width, total);
+  const pixels = new Uint32Array(chart.image.data.buffer);
+  pixels.fill(0);
+  const labels = [];
+  t.devices.forEach((d, device) => {
+    const top = line(device) * width;
+    if (chart.dense) paintShares(chart, d, pixels, top, width, height);
+    else paintBoxes(chart, d, device, pixels, top, width, height, labels);
+  });
+  context.putImageData(chart.image, Math.round(GUTTER * ratio), Math.round(AXIS * ratio));
+  return labels;
+}
+
+function paintBoxes(chart, d, device, pixels, top, width, height, labels) {
+  const { timeline: t, ratio } = chart, scale = perSecond(width), split = pixel(theme.split);
+  const line = pixels.subarray(top, top + width);
+  const end = Math.min(Math.round((t.makespan - view.from) * scale), width);
+  if (end > 0) line.fill(pixel(theme.row), Math.max(0, Math.round(-view.from * scale)), end);
+  for (let i = after(d.end, view.from); i < d.count && d.start[i] < view.to; i++) {
+    const code = d.code[i], shade = t.shade[stageOf(code)];
+    const x0 = Math.round((d.start[i] - view.from) * scale);
+    const x1 = Math.round((d.end[i] - view.from) * scale);
+    const right = Math.max(x1, x0 + 1), left = Math.max(x0, 0);
+    line.fill(chart.fills[shade][code % OPS], left, Math.min(right, width));
+    // A line parts neighbours that would run together; boxes of few pixels cannot spare it.
+    if (x1 - x0 >= 5 && x1 <= width) line[x1 - 1] = split;
+    const room = (Math.min(right, width) - left) / ratio;
+    if (room >= 16) labels.push([device, i, left / ratio, room]);
+  }
+  for (let y = 1; y < height; y++) pixels.copyWithin(top + y * width, top, top + width);
+}
+
+// Where instructions are too small to show, columns stack the shares of the operations.
+function paintShares(chart, d, pixels, top, width, height) {
+  const t = chart.timeline, bin = Math.max(1, Math.round(2 * chart.ratio));
+  const bins = Math.ceil(width / bin), scale = perSecond(width / bin);
+  const share = new Float32Array(bins * OPS);
+  for (let i = after(d.end, view.from); i < d.count && d.start[i] < view.to; i++) {
+    const op = d.code[i] % OPS;
+    const from = Math.max((d.start[i] - view.from) * scale, 0);
+    const to = Math.min((d.end[i] - view.from) * scale, bins);
+    for (let b = Math.floor(from); b < to; b++) {
+      share[b * OPS + op] += Math.min(to, b + 1) - Math.max(from, b);
+    }
+  }
+  const row = pixel(theme.row), end = (t.makespan - view.from) * scale;
+  for (let b = 0; b < bins && b < end; b++) {
+    const x = b * bin, stop = Math.min(x + bin, width);
+    let y = height, filled = 0;
+    for (let op = 0; op < OPS; op++) {
+      filled += share[b * OPS + op];
+      const upper = Math.max(0, height - Math.round(filled * height));
+      y = stack(pixels, chart.base[op], top, width, x, stop, y, upper);
+    }
+    stack(pixels, row, top, width, x, stop, y, 0);
+  }
+}
+
+// Colours the lines from y up to `upper` between x and `stop`; returns where it ended.
+function stack(pixels, colour, top, width, x, stop, y, upper) {
+  for (; y > upper; y--) {
+    const line = top + (y - 1) * width;
+    for (let at = line + x; at < line + stop; at++) pixels[at] = colour;
+  }
+  return y;
+}
+
+function paintAfter(chart, context) {
+  const t = chart.timeline, from = Math.max(toX(chart, t.makespan), GUTTER);
+  const to = Math.min(toX(chart, t.step), GUTTER + chart.plot);
+  if (to - from < 0.5) return;
+  t.devices.forEach((_, device) => {
+    const y = AXIS + device * chart.pitch;
+    context.save();
+    context.beginPath();
+    context.rect(from, y, to - from, chart.row);
+    context.clip();
+    context.fillStyle = theme.row;
+    context.fill();
+    context.strokeStyle = theme.after;
+    context.lineWidth = 2;
+    context.beginPath();
+    for (let x = from - chart.row; x < to; x += 7) {
+      context.moveTo(x, y + chart.row);
+      context.lineTo(x + chart.row, y);
+    }
+    context.stroke();
+    context.restore();
+  });
+}
+
+function paintLabels(chart, context, labels) {
+  const t = chart.timeline;
+  context.font = `${chart.row >= 22 ? 11.5 : 9}px ${theme.font}`;
+  context.textAlign = "center";
+  context.textBaseline = "middle";
+  for (const [device, i, left, room] of labels) {
+    const d = t.devices[device], text = labelOf(t, d, i), code = d.code[i];
+    if (text.length * 7 > room && context.measureText(text).width > room - 3) continue;
+    context.fillStyle = t.inks[t.shade[stageOf(code)]][code % OPS];
+    const y = AXIS + device * chart.pitch + chart.row / 2 + 0.5;
+    context.fillText(text, GUTTER + left + room / 2, y);
+  }
+}
+
+function paintMemory(chart, context) {
+  const t = chart.timeline, peak = (values) => values.reduce((a, b) => Math.max(a, b), 1);
+  const most = peak(t.memory.map((curve) => peak(curve.bytes)));
+  t.memory.forEach((curve, device) => {
+    const bottom = AXIS + device * chart.pitch + chart.row + chart.curve, room = chart.curve - 2;
+    const first = Math.max(after(curve.time, view.from) - 1, 0);
+    const stop = Math.min(view.to, t.makespan);
+    if (!curve.time.length || stop <= view.from) return;
+    context.beginPath();
+    context.moveTo(Math.max(toX(chart, curve.time[first]), GUTTER), bottom);
+    for (let i = first; i < curve.time.length && curve.time[i] < stop; i++) {
+      const y = bottom - (curve.bytes[i] / most) * room;
+      const next = i + 1 < curve.time.length ? curve.time[i + 1] : stop;
+      context.lineTo(Math.max(toX(chart, curve.time[i]), GUTTER), y);
+      context.lineTo(toX(chart, Math.min(next, stop)), y);
+    }
+    context.lineTo(toX(chart, stop), bottom);
+    context.fillStyle = theme.memory;
+    context.globalAlpha = 0.45;
+    context.fill();
+    context.globalAlpha = 1;
+  });
+}
+
+function paintNames(chart, context) {
+  const count = chart.timeline.devices.length, every = Math.ceil(14 / chart.pitch);
+  context.font = `12px ${theme.font}`;
+  context.textAlign = "right";
+  context.textBaseline = "middle";
+  context.fillStyle = theme.quiet;
+  for (let device = 0; device < count; device += every) {
+    context.fillText(`device ${device}`, GUTTER - 10, AXIS + device * chart.pitch + chart.row / 2);
+  }
+}
+
+function paintAxis(chart, context) {
+  const length = view.to - view.from, size = Math.max(Math.abs(view.to), length);
+  const [unit, name] = unitOf(size);
+  const most = Math.max(2, Math.floor(chart.plot / 90));
+  const power = 10 ** Math.floor(Math.log10(length / unit / most));
+  const step = power * ([1, 2, 5].find((f) => length / unit / (f * power) <= most) || 10);
+  const digits = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
+  context.font = `11.5px ${theme.font}`;
+  context.textBaseline = "middle";
+  context.fillStyle = theme.quiet;
+  const last = Math.floor(view.to / unit / step + 1e-9);
+  for (let n = Math.ceil(view.from / unit / step - 1e-9); n <= last; n++) {
+    const x = toX(chart, n * step * unit);
+    context.globalAlpha = 0.2;
+    context.fillRect(Math.round(x), AXIS - 6, 1, chart.height - AXIS - BOTTOM + 6);
+    context.globalAlpha = 1;
+    const right = GUTTER + chart.plot, text = `${(n * step).toFixed(digits)} ${name}`;
+    context.textAlign = x > right - 24 ? "right" : "center";
+    context.fillText(text, x > right - 24 ? Math.min(x + 12, right + RIGHT - 2) : x, AXIS / 2 - 2);
+  }
+}
+
+function draw() {
+  const start = performance.now();
+  for (const chart of charts) paint(chart);
+  hover();
+  drawn = performance.now() - start;
+}
+
+function redraw() {
+  if (waiting) return;
+  waiting = true;
+  requestAnimationFrame(() => { waiting = false; draw(); });
+}
