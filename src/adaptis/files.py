@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -107,35 +107,45 @@ class Fields:
         self._left: dict[str, Any] = dict(cast("dict[str, Any]", value))
         self.where = where
 
-    def _take(self, key: str, default: object) -> Any:
-        value = self._left.pop(key, default)
-        if value is _MISSING:
+    def _absent(self, key: str, default: object) -> bool:
+        """Whether the default stands for `key`; no default and no key is an error."""
+        if key in self._left:
+            return False
+        if default is _MISSING:
             raise InputError(f"{self.where}: the key {key!r} is missing")
-        return value
+        return True
 
     def take(self, key: str, kind: type[T], default: object = _MISSING) -> T:
         """The value of `key`, which must be exactly of `kind` (a bool is no integer)."""
-        value = self._take(key, default)
-        if value is not default and type(value) is not kind:
-            raise InputError(f"{self.where}: {key!r} is {_name_of(value)}, {_NAMES[kind]} is needed")
+        if self._absent(key, default):
+            return cast("T", default)
+        value = self._left.pop(key)
+        if type(value) is not kind:
+            raise InputError(
+                f"{self.where}: {key!r} is {_name_of(value)}, {_NAMES[kind]} is needed"
+            )
         return cast("T", value)
 
     def number(self, key: str, default: object = _MISSING, least: float = 0.0) -> float:
         """A finite number >= `least`."""
-        value = self._take(key, default)
-        if value is default and not isinstance(value, (int, float)):
-            return cast("float", value)
+        if self._absent(key, default):
+            return cast("float", default)
+        value = self._left.pop(key)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise InputError(f"{self.where}: {key!r} is {_name_of(value)}, a number is needed")
-        if not math.isfinite(value) or value < least:
+        if not abs(value) <= sys.float_info.max or value < least:
             raise InputError(f"{self.where}: {key!r} is {value}, at least {least:g} is needed")
         return float(value)
 
     def count(self, key: str, default: object = _MISSING, least: int = 0) -> int:
         """An integer >= `least`."""
-        value = self.take(key, int, default)
-        if value is not default and not least <= value < 1 << 62:
-            raise InputError(f"{self.where}: {key!r} is {value}, an integer >= {least} is needed")
+        if self._absent(key, default):
+            return cast("int", default)
+        value = self.take(key, int)
+        if not least <= value < 1 << 62:
+            raise InputError(
+                f"{self.where}: {key!r} is {value}, an integer >= {least} is needed"
+            )
         return value
 
     def objects(self, key: str) -> Iterator[Fields]:

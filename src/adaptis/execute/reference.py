@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adaptis.measure.huggingface import HuggingFaceModel
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -43,6 +41,8 @@ class Reference:
 
 def plain(model: TorchModel, seed: int) -> tuple[nn.Module, Callable[[Microbatch], Tensor]]:
     """The whole model with the weights that every cut starts from, and how its output is computed."""
+    from adaptis.measure.huggingface import HuggingFaceModel
+
     if isinstance(model, HuggingFaceModel):
         whole = model.plain(seed)
         return whole, lambda microbatch: whole(input_ids=microbatch["inputs"], use_cache=False).logits

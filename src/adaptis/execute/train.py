@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from adaptis.cluster import cluster_to_json
 from adaptis.errors import InputError
 from adaptis.execute import checkpoint
 from adaptis.execute.launch import launch
 from adaptis.execute.prepare import Measured, measure, share
 from adaptis.execute.session import Session
 from adaptis.execute.world import World, launched, seated, under_torchrun
+from adaptis.files import write_json
 from adaptis.plan import Plan, load_plan, plan_from_json, plan_to_json, save_plan
 from adaptis.profile import profile_to_json
 from adaptis.search import Stop, search
@@ -33,8 +35,10 @@ if TYPE_CHECKING:
     from adaptis.execute.session import Optimizer
     from adaptis.measure.stage import Microbatch, TorchModel
 
-Say = "Callable[[str, dict[str, Any]], None]"
-adamw: Optimizer = functools.partial(torch.optim.AdamW, lr=1e-3, fused=True)
+
+def adamw(learning_rate: float = 1e-3) -> Optimizer:
+    """AdamW, in the fused form: one pass over each parameter."""
+    return functools.partial(torch.optim.AdamW, lr=learning_rate, fused=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,7 @@ class Job:
     batches: Callable[[int], Sequence[Microbatch]]  # step -> the micro-batches of the whole step
     steps: int  # the run ends when so many have been made, those before a resume counted
     plan: Plan | None = None  # None: measure and plan first
-    optimizer: Optimizer = adamw
+    optimizer: Optimizer = field(default_factory=adamw)
     seed: int = 0
     search_seconds: float = 5.0
     folder: str = ""  # where plan, profile, timeline and checkpoints go; empty: nowhere
@@ -72,7 +76,7 @@ def train(
     devices: int = 2,
     steps: int,
     plan: Plan | str | Path = "auto",
-    optimizer: Optimizer = adamw,
+    optimizer: Optimizer | None = None,
     seed: int = 0,
     search_seconds: float = 5.0,
     folder: str | Path = "",
@@ -91,7 +95,7 @@ def train(
         devices: how many processes to start.
         steps: how many steps the run has, those before a resume counted.
         plan: a `Plan`, the path of one, or "auto" to measure and search first.
-        optimizer: makes the optimizer from the parameters of a rank.
+        optimizer: makes the optimizer from the parameters of a rank; AdamW where none is given.
         seed: of the initial weights and of the search.
         search_seconds: how long to search for a plan.
         folder: for plan, profile, timeline and checkpoints.
@@ -106,7 +110,7 @@ def train(
     if steps < 1:
         raise InputError(f"{steps} steps: at least 1 is needed")
     job = Job(
-        model, batches, steps, chosen, optimizer, seed, search_seconds, str(folder), save_every, resume
+        model, batches, steps, chosen, optimizer or adamw(), seed, search_seconds, str(folder), save_every, resume
     )
     if under_torchrun():
         with launched(say) as world:
@@ -173,9 +177,6 @@ def _plan(world: World, model: TorchModel, job: Job) -> tuple[Measured, Plan]:
         answer = search(measured.profile, measured.cluster, len(first), stop, seed=job.seed)
         text = json.dumps(plan_to_json(answer.plan))
         if job.folder:
-            from adaptis.cluster import cluster_to_json
-            from adaptis.files import write_json
-
             write_json(Path(job.folder, "profile.json"), profile_to_json(measured.profile))
             write_json(Path(job.folder, "cluster.json"), cluster_to_json(measured.cluster))
     return measured, plan_from_json(json.loads(world.broadcast(text)))

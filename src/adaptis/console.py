@@ -1,0 +1,115 @@
+"""What the command line prints: progress on stderr, results as tables on stdout.
+
+Everything printed here can be had as JSON; nothing is computed here.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from types import TracebackType
+
+out = Console(highlight=False, soft_wrap=False)
+err = Console(stderr=True, highlight=False)
+
+
+class Reporter:
+    """Live progress: one line a phase, kept when the phase is over."""
+
+    def __init__(self, prefix: str = "") -> None:
+        self.prefix = prefix
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=28),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=err,
+        )
+        self._tasks: dict[str, Any] = {}
+        self._live = err.is_terminal
+        self._told: dict[str, int] = {}
+
+    def __enter__(self) -> Reporter:
+        if self._live:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._progress.stop()
+
+    def update(self, phase: str, done: float, total: float, note: str = "") -> None:
+        """How far a phase is."""
+        name = f"{self.prefix}{phase}"
+        if not self._live:
+            # Without a terminal: a line at the start, in the middle and at the end.
+            quarter = int(4 * done / total) if total else 4
+            if self._told.get(name, -1) < quarter:
+                self._told[name] = quarter
+                err.print(f"{name}: {done:g} of {total:g} {note}".rstrip())
+            return
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(name, total=total, note=note)
+        self._progress.update(self._tasks[name], completed=done, total=total, note=note)
+
+    def say(self, kind: str, data: dict[str, Any]) -> None:
+        """What a run says (see `execute`)."""
+        match kind:
+            case "measuring":
+                self.update("measuring layers", data["done"], data["total"])
+            case "planning":
+                note = f"best {data['best'] * 1e3:.1f} ms, {data['gap']:.1%} above the bound"
+                self.update("planning", min(data["seconds"], data["limit"]), data["limit"], note)
+            case "reference":
+                note = f"loss {data['loss']:.3f}"
+                self.update("plain training", data["step"], data["steps"], note)
+            case "step":
+                name = data.get("name")
+                note = f"loss {data['loss']:.3f}"
+                if "seconds" in data:
+                    note += f", {data['seconds'] * 1e3:.0f} ms"
+                self.update(f"training {name}" if name else "training", data["step"], data["steps"], note)
+            case "resumed":
+                self.line(f"resumed from {data['checkpoint']} at step {data['step']}")
+
+    def line(self, text: str) -> None:
+        """One line beside the progress."""
+        err.print(f"{self.prefix}{text}")
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table on stdout; the first column is a name, the others are figures."""
+    result = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    for index, column in enumerate(columns):
+        result.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        result.add_row(*row)
+    if out.width < 80 and not sys.stdout.isatty():
+        Console(highlight=False, width=140).print(result)
+    else:
+        out.print(result)
+
+
+def seconds(value: float) -> str:
+    """A duration with a sensible unit."""
+    if value >= 1:
+        return f"{value:.4g} s"
+    return f"{value * 1e3:.4g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} us"
+
+
+def size(num_bytes: float) -> str:
+    """A number of bytes with a sensible unit."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024 or unit == "GiB":
+            break
+        num_bytes /= 1024
+    return f"{num_bytes:.4g} {unit}"
