@@ -43,53 +43,54 @@ def irregular(m):
     return Plan(m, stages, (tuple(first), tuple(second)))
 
 
-def run(plan, make, steps=3, uneven=False):
-    """Losses under the plan, and the parameters of all ranks."""
-    parts = launch(tiny.train_rank, plan.num_devices, make, plan, steps, uneven)
-    for other in parts[1:]:
-        assert other[0] == parts[0][0], "the ranks disagree on the loss"
-    merged = {}
-    for _, parameters in parts:
-        for name, value in parameters.items():
-            if name in merged:
-                assert np.array_equal(merged[name], value), f"{name} differs between its holders"
-            merged[name] = value
-    return parts[0][0], merged
+STEPS = 3
+tied = functools.partial(tiny.chain, dtype=torch.float64, tied=True)
 
 
-@pytest.mark.parametrize("name", sorted(CUTS))
-def test_every_schedule_trains_bitwise_as_one_process(name):
-    plan = plan_of(name, CUTS[name], 4)
-    losses, parameters = run(plan, tiny.chain)
-    expected, weights = tiny.train_plain(tiny.chain, 4, 3)
+def cases():
+    """Name -> (model, plan, uneven tokens)."""
+    result = {name: (tiny.chain, plan_of(name, cut, 4), False) for name, cut in CUTS.items()}
+    result["irregular"] = (tiny.chain, irregular(4), True)
+    result["recomputed"] = (tiny.chain, plan_of("zb-h1", CUTS["zb-h1"], 4, recompute=(0, 1)), False)
+    result["tied, apart"] = (tied, plan_of("1f1b", CUTS["1f1b"], 4), False)
+    result["tied, together"] = (tied, irregular(4), False)
+    return result
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Every case's losses and parameters, all from one start of the processes."""
+    named = cases()
+    ranks = launch(tiny.train_rank, 2, list(named.values()), STEPS)
+    result = {}
+    for name, parts in zip(named, zip(*ranks, strict=True), strict=True):
+        for losses, _ in parts[1:]:
+            assert losses == parts[0][0], "the ranks disagree on the loss"
+        merged = {}
+        for _, parameters in parts:
+            for key, value in parameters.items():
+                assert key not in merged or np.array_equal(merged[key], value), f"{key} differs"
+                merged[key] = value
+        result[name] = (parts[0][0], merged)
+    return result
+
+
+@pytest.mark.parametrize("name", [*CUTS, "irregular", "recomputed"])
+def test_every_schedule_trains_bitwise_as_one_process(name, trained):
+    losses, parameters = trained[name]
+    make, plan, uneven = cases()[name]
+    expected, weights = tiny.train_plain(make, plan.num_microbatches, STEPS, uneven)
     assert losses == expected
     assert parameters.keys() == weights.keys()
     for key, value in weights.items():
         assert np.array_equal(parameters[key], value), key
 
 
-def test_an_irregular_plan_with_uneven_tokens_trains_bitwise_as_one_process():
-    losses, parameters = run(irregular(4), tiny.chain, uneven=True)
-    expected, weights = tiny.train_plain(tiny.chain, 4, 3, uneven=True)
-    assert losses == expected
-    assert all(np.array_equal(parameters[key], value) for key, value in weights.items())
-
-
-def test_recomputed_stages_train_bitwise_as_one_process():
-    plan = plan_of("zb-h1", CUTS["zb-h1"], 4, recompute=(0, 1))
-    losses, parameters = run(plan, tiny.chain)
-    expected, weights = tiny.train_plain(tiny.chain, 4, 3)
-    assert losses == expected
-    assert all(np.array_equal(parameters[key], value) for key, value in weights.items())
-
-
-@pytest.mark.parametrize("shape", ["apart", "together"])
-def test_tied_embedding_and_head_train_as_one_parameter(shape):
-    """The sums have another order (embedding's and head's gradients apart), so not to the last bit: float64."""
-    make = functools.partial(tiny.chain, dtype=torch.float64, tied=True)
-    plan = plan_of("1f1b", CUTS["1f1b"], 4) if shape == "apart" else irregular(4)
-    losses, parameters = run(plan, make)
-    expected, weights = tiny.train_plain(make, 4, 3)
+@pytest.mark.parametrize("name", ["tied, apart", "tied, together"])
+def test_tied_embedding_and_head_train_as_one_parameter(name, trained):
+    """The embedding's and the head's gradients are summed apart, so not to the last bit: float64."""
+    losses, parameters = trained[name]
+    expected, weights = tiny.train_plain(tied, 4, STEPS)
     np.testing.assert_allclose(losses, expected, rtol=1e-13)
     for key, value in weights.items():
         np.testing.assert_allclose(parameters[key], value, rtol=1e-11, atol=1e-13)

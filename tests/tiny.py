@@ -99,13 +99,37 @@ def train_plain(make, num_microbatches, steps, uneven=False):
         torch.set_num_threads(threads)
 
 
-def train_rank(seat, connection, make, plan, steps, uneven=False):
-    """Losses and this rank's final parameters under `plan`."""
+def train_rank(seat, connection, cases, steps):
+    """For each case (make, plan, uneven): the losses and this rank's final parameters."""
+    with seated(seat, connection) as world:
+        return [_train(world, make, plan, steps, uneven) for make, plan, uneven in cases]
+
+
+def _train(world, make, plan, steps, uneven):
+    session = Session(world, make(), plan, optimizer=sgd, seed=3)
+    losses = [session.step(batches(plan.num_microbatches, step, uneven)).loss for step in range(steps)]
+    assert all(stage.idle() for stage in session.stages.values())
+    return losses, {name: p.detach().numpy() for name, p in session.parameters.items()}
+
+
+def one_step_rank(seat, connection, make, plan):
     with seated(seat, connection) as world:
         session = Session(world, make(), plan, optimizer=sgd, seed=3)
-        losses = [session.step(batches(plan.num_microbatches, step, uneven)).loss for step in range(steps)]
-        assert all(stage.idle() for stage in session.stages.values())
-        return losses, {name: p.detach().numpy() for name, p in session.parameters.items()}
+        world.phase("training")
+        for step in range(2):
+            session.step(batches(plan.num_microbatches, step))
+
+
+def raises_rank(seat, connection, text):
+    with seated(seat, connection):
+        raise ValueError(text)
+
+
+def quits_rank(seat, connection):
+    with seated(seat, connection) as world:
+        if world.rank == 1:
+            os._exit(0)
+        world.barrier()
 
 
 def sleeps_on_rank(seat, connection, seconds):

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from adaptis.plan import Plan, Stage, load_plan, save_plan
     from adaptis.profile import LayerCost, Profile, load_profile
     from adaptis.schedules import SCHEDULES
-    from adaptis.search import SearchResult, Stop, search
+    from adaptis.search import SearchResult, Stop
+    from adaptis.search import search as find_plan
     from adaptis.simulate import simulate_plan
     from adaptis.timeline import Timeline
 
@@ -42,7 +43,6 @@ _WHERE = {
     "load_plan": "plan",
     "load_profile": "profile",
     "save_plan": "plan",
-    "search": "search",
     "simulate_plan": "simulate",
     "train": "execute.train",
     "uniform": "cluster",
@@ -69,7 +69,7 @@ __all__ = [  # noqa: RUF022 - in the order of the river
     "simulate_plan",
     "Stop",
     "SearchResult",
-    "search",
+    "find_plan",
     "Result",
     "train",
 ]
@@ -77,6 +77,8 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
+    if name == "find_plan":  # `adaptis.search` is the package
+        return import_module("adaptis.search").search
     if name not in _WHERE:
         raise AttributeError(f"module 'adaptis' has no attribute {name!r}")
     return getattr(import_module(f"adaptis.{_WHERE[name]}"), name)

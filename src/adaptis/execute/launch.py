@@ -26,7 +26,7 @@ import traceback
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from adaptis.errors import Error, RankError
 
@@ -142,6 +142,9 @@ def _environment(threads: int) -> Iterator[None]:
         "NUMBA_NUM_THREADS": os.environ.get("NUMBA_NUM_THREADS", str(os.cpu_count() or 1)),
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
         "HF_HUB_OFFLINE": "1",
+        # Large activations come and go each micro-batch: keep their pages instead of asking the kernel anew.
+        "MALLOC_MMAP_THRESHOLD_": "2000000000",
+        "MALLOC_TRIM_THRESHOLD_": "-1",
     }
     before = {key: os.environ.get(key) for key in changes}
     os.environ.update(changes)
@@ -230,31 +233,27 @@ def _settle(ranks: list[_Rank], say: Callable[[str, dict[str, Any]], None]) -> N
         time.sleep(0.02)
 
 
-def _fail(ranks: list[_Rank], record: Path) -> None:
-    """Name the first cause: a killed process before one that raised, and that before one that lost its peer."""
+def _fail(ranks: list[_Rank], record: Path) -> NoReturn:
+    """Name the first cause: a process that vanished, before one that raised, before one that lost its peer."""
     data = record.read_bytes()
     for number, rank in enumerate(ranks):
         code = rank.process.exitcode
-        if code is not None and code < 0 and rank.error is None:
-            name = signal.Signals(-code).name
-            hint = "; the system may have run out of memory" if -code == signal.SIGKILL else ""
-            raise RankError(f"rank {number} was killed by {name} ({place(rank, data, number)}){hint}", number)
-    failed = [(number, rank) for number, rank in enumerate(ranks) if rank.error]
-    for number, rank in sorted(failed, key=lambda item: bool(item[1].error and item[1].error["symptom"])):
-        error = rank.error or {}
-        text = error["text"]
-        if not error["wanted"] or error["status"] == 1:
-            text = f"rank {number} failed ({place(rank, data, number)}): {text}"
-        failure = RankError(text, number, error["traceback"])
-        failure.exit_status = error["status"]
-        raise failure
-    for number, rank in enumerate(ranks):
-        if not rank.done and rank.process.exitcode is not None:
-            raise RankError(
-                f"rank {number} ended with status {rank.process.exitcode} before its work was done "
-                f"({place(rank, data, number)})",
-                number,
-            )
+        if code is None or rank.done or rank.error:
+            continue
+        spot = place(rank, data, number)
+        if code >= 0:
+            text = f"rank {number} ended with status {code} before its work was done ({spot})"
+            raise RankError(text, number)
+        hint = "; the system may have run out of memory" if -code == signal.SIGKILL else ""
+        raise RankError(f"rank {number} was killed by {signal.Signals(-code).name} ({spot}){hint}", number)
+    failed = [(rank.error["symptom"], number, rank.error) for number, rank in enumerate(ranks) if rank.error]
+    _, number, error = min(failed, key=lambda item: item[:2])
+    text = error["text"]
+    if not error["wanted"] or error["status"] == 1:
+        text = f"rank {number} failed ({place(ranks[number], data, number)}): {text}"
+    failure = RankError(text, number, error["traceback"])
+    failure.exit_status = error["status"]
+    raise failure
 
 
 def _stalled(ranks: list[_Rank], record: Path) -> None:

@@ -1,0 +1,18 @@
+"""The planner: partition, placement and order together, by simulated step time, beside what others do."""
+
+from __future__ import annotations
+
+from adaptis.search.baselines import BASELINES
+from adaptis.search.bounds import Bound, Bounds, lower_bounds
+from adaptis.search.tune import Progress, SearchResult, Stop, search
+
+__all__ = [
+    "BASELINES",
+    "Bound",
+    "Bounds",
+    "Progress",
+    "SearchResult",
+    "Stop",
+    "lower_bounds",
+    "search",
+]

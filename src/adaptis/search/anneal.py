@@ -1,0 +1,45 @@
+"""Simulated annealing over partition, placement and rule: one piece of a run at a time, all in machine code."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from adaptis.kernels import compiled
+from adaptis.search.greedy import IMPOSSIBLE, assess, evaluate
+from adaptis.search.moves import mutate
+
+
+@compiled
+def anneal(
+    instance: Any,
+    current: Any,
+    best: Any,
+    seed: int,
+    first: int,
+    stop: int,
+    total: int,
+    hot: float,
+    cold: float,
+    most_stages: int,
+) -> Any:
+    """Trials `first` to `stop` of a run of `total`: where it stands, the best so far, and its cost.
+
+    The temperature falls from `hot` to `cold`, shares of the cost, in geometric steps. Where nothing fits yet, only
+    what misses less memory is taken.
+    """
+    np.random.seed(seed)
+    cost, state = assess(instance, current, np.inf)
+    least = evaluate(instance, best)
+    for trial in range(first, stop):
+        heat = cost * hot * (cold / hot) ** (trial / total)
+        candidate = mutate(instance, current, state, cost, most_stages)
+        # Drawn first, so that what is refused need not be simulated to its end, often not at all.
+        most = cost - heat * np.log(1 - np.random.random()) if cost < IMPOSSIBLE else cost
+        step, fared = assess(instance, candidate, most)
+        if step <= most:
+            current, cost, state = candidate, step, fared
+            if cost < least:
+                best, least = current, cost
+    return current, best, least

@@ -1,0 +1,61 @@
+"""Between the typed plan and the arrays of the search."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from adaptis.plan import Plan, Stage
+from adaptis.program import Compute, Op
+from adaptis.search.polish import Fixed
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from adaptis.profile import Profile
+
+KINDS = {Op.FORWARD: 0, Op.BACKWARD: 1, Op.BACKWARD_INPUT: 1, Op.BACKWARD_WEIGHT: 2}
+
+
+def fixed_of(stages: Sequence[Stage], programs: Sequence[Sequence[Compute]]) -> Fixed:
+    """The arrays of a plan whose micro-batches go through each stage in order."""
+    split = np.zeros(len(stages), dtype=np.bool_)
+    for order in programs:
+        for compute in order:
+            if compute.op is Op.BACKWARD_WEIGHT:
+                split[compute.stage] = True
+    return Fixed(
+        stop=np.array([stage.stop for stage in stages], dtype=np.int64),
+        device=np.array([stage.device for stage in stages], dtype=np.int64),
+        split=split,
+        offsets=np.cumsum([0, *map(len, programs)]).astype(np.int64),
+        kind=np.array([KINDS[c.op] for order in programs for c in order], dtype=np.int8),
+        stage=np.array([c.stage for order in programs for c in order], dtype=np.int32),
+    )
+
+
+def plan_of(fixed: Fixed, num_microbatches: int, profile: Profile, name: str) -> Plan:
+    """The plan that `fixed` stands for; counting gives the micro-batches."""
+    starts = [0, *fixed.stop[:-1].tolist()]
+    stages = tuple(
+        Stage(start, stop, device)
+        for start, stop, device in zip(starts, fixed.stop.tolist(), fixed.device.tolist(), strict=True)
+    )
+    ops = ((Op.FORWARD, Op.BACKWARD, Op.BACKWARD_WEIGHT), (Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT))
+    counts = np.zeros((len(stages), 3), dtype=np.int64)
+    programs = []
+    for a, b in zip(fixed.offsets[:-1].tolist(), fixed.offsets[1:].tolist(), strict=True):
+        order = []
+        for kind, stage in zip(fixed.kind[a:b].tolist(), fixed.stage[a:b].tolist(), strict=True):
+            order.append(Compute(ops[int(fixed.split[stage])][kind], stage, int(counts[stage, kind])))
+            counts[stage, kind] += 1
+        programs.append(tuple(order))
+    return Plan(
+        num_microbatches=num_microbatches,
+        stages=stages,
+        programs=tuple(programs),
+        schedule=name,
+        model=profile.model,
+        fingerprint=profile.fingerprint,
+    )

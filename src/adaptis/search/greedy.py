@@ -1,0 +1,294 @@
+"""The list scheduler: stages with priorities become one order of computations per device.
+
+Event by event, the device that can begin first begins; which of its ready computations it takes is a matter of
+priority. Time passes as in `adaptis.kernels.replay`, so what comes out is already simulated. Micro-batches are equal
+and go through each stage in order: swapping two of them never helps, so a computation is a kind (0 F, 1 B or I, 2 W),
+a stage and a counter.
+
+Memory. F of stage s is admitted only if room is left for one micro-batch of every later stage on its device. The
+micro-batch that got furthest can then always go on, and nothing else ever waits for memory: no deadlock.
+
+Plain arrays with named columns instead of tuples of arrays: numba counts references on every field it reads of a
+tuple, which made the loop five times slower. Known limit: bytes that W needs beyond what F saved (never seen in a
+real profile) are reserved from F on.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from adaptis.kernels import compiled
+from adaptis.search.instance import B, F, I, W, finish, price
+
+# What `knobs` holds: see `_priorities` and `_choose`.
+PERIOD, ALTERNATE, FIT, PATIENCE, DEFER = range(5)
+NUM_KNOBS = 5
+IMPOSSIBLE = 1e9  # seconds; what does not fit costs more
+
+# Columns of a stage's row in `spec`; those with three kinds take three columns.
+SECONDS, RANK, TAKES, RECEIVE, BUSY, LATENCY, ROOM, LIMIT, SPLIT = 0, 3, 6, 9, 11, 13, 15, 16, 17
+NUM_SPEC = 18
+# Columns of a device's row in `state`: when it is free, bytes held, seconds worked, when it began, when its choice begins.
+CLOCK, HELD, WORKED, FIRST, WHEN = range(5)
+# Columns of a device's row in `choice`: kind that ran last, the next kind, and its stage.
+LAST, KIND, STAGE = range(3)
+
+
+class Candidate(NamedTuple):
+    """One point of the search; S stages, the arrays as long as that."""
+
+    stop: Any  # (S,) the layer after the last of stage s
+    device: Any  # (S,)
+    split: Any  # (S,) whether its backward is I and W
+    nudge: Any  # (S, 3) what is added to the priorities of F, B or I, and W
+    limit: Any  # (S,) micro-batches in flight, >= 1
+    knobs: Any  # (5,) the rule
+
+
+class Orders(NamedTuple):
+    """What each device does; rows offsets[d] to offsets[d + 1] belong to device d."""
+
+    offsets: Any  # (D + 1,)
+    kind: Any  # (n,)
+    stage: Any  # (n,)
+    state: Any  # (D, 5) how it went, columns CLOCK to WHEN
+
+
+@compiled
+def evaluate(instance: Any, candidate: Any) -> float:
+    """Seconds of the step of `candidate`; above 1e9 where it cannot fit, by how much it misses."""
+    return assess(instance, candidate, np.inf)[0]
+
+
+@compiled
+def assess(instance: Any, candidate: Any, limit: float) -> Any:
+    """As `evaluate`, and how each device fared: (D, 5), columns CLOCK to WHEN; inf where it is above `limit`."""
+    tables = price(instance, candidate.stop, candidate.device)
+    missing = lacks(instance, candidate.device, tables)
+    if missing > 0:
+        return IMPOSSIBLE * (1 + missing), np.zeros((len(instance.slowness), 5))
+    orders = list_schedule(instance, candidate, tables, limit)
+    last = orders.state[:, CLOCK].copy()
+    return finish(instance, candidate.stop, candidate.device, tables.update, last), orders.state
+
+
+@compiled
+def lacks(instance: Any, device: Any, tables: Any) -> float:
+    """What the devices miss to hold their layers and one micro-batch, as a share of their memory."""
+    held = tables.static.copy()
+    for s in range(len(device)):
+        held[device[s]] += max(tables.saved[s], tables.kept[s])
+    missing = 0.0
+    for d in range(len(held)):
+        if held[d] > instance.memory[d]:
+            missing += (held[d] - instance.memory[d]) / max(instance.memory[d], 1.0)
+    return missing
+
+
+@compiled
+def list_schedule(instance: Any, candidate: Any, tables: Any, limit: float) -> Any:
+    """The orders that the priorities of `candidate` lead to; it must not lack memory.
+
+    Given up, with clocks at inf, once some device cannot be done by `limit` seconds.
+    """
+    num_stages, num_devices = len(candidate.stop), len(instance.slowness)
+    m, device, split = instance.num_microbatches, candidate.device, candidate.split
+    spec, target = make_spec(instance, device, split, candidate.limit, tables)
+    period, alternate = _priorities(candidate, tables, spec)
+    hosted, hosted_offsets, offsets = _layout(m, num_devices, device, split)
+    kinds, stages = np.empty(offsets[-1], np.int8), np.empty(offsets[-1], np.int32)
+    counts = np.zeros((num_stages, 3), np.int64)
+    arrived = np.full((num_stages, 2, m), np.inf)
+    arrived[0, 0, :] = 0.0
+    state, choice = np.zeros((num_devices, 5)), np.full((num_devices, 3), -1)
+    state[:, HELD] = tables.static
+    link = np.zeros((num_devices, num_devices))
+    fit, patience = candidate.knobs[FIT], candidate.knobs[PATIENCE]
+    rule = (m, period, alternate, fit, patience)
+    position, left = offsets[:-1].copy(), seconds_of_work(m, num_devices, device, spec)
+    for d in range(num_devices):
+        _choose(rule, spec, counts, arrived, state, choice, hosted, hosted_offsets[d], hosted_offsets[d + 1], d)
+    for _ in range(offsets[-1]):
+        d = 0
+        for other in range(1, num_devices):
+            if state[other, WHEN] < state[d, WHEN]:
+                d = other
+        if state[d, WHEN] + left[d] > limit:
+            state[:, CLOCK] = np.inf
+            break
+        left[d] -= spec[choice[d, STAGE], SECONDS + choice[d, KIND]]
+        kinds[position[d]], stages[position[d]] = choice[d, KIND], choice[d, STAGE]
+        if position[d] == offsets[d]:
+            state[d, FIRST] = state[d, WHEN]
+        position[d] += 1
+        other = _run(instance.send, spec, target, counts, arrived, state, choice, link, d)
+        _choose(rule, spec, counts, arrived, state, choice, hosted, hosted_offsets[d], hosted_offsets[d + 1], d)
+        if other >= 0:
+            a, b = hosted_offsets[other], hosted_offsets[other + 1]
+            _choose(rule, spec, counts, arrived, state, choice, hosted, a, b, other)
+    return Orders(offsets, kinds, stages, state)
+
+
+@compiled
+def seconds_of_work(m: int, num_devices: int, device: Any, spec: Any) -> Any:
+    """Seconds of work of each device."""
+    work = np.zeros(num_devices)
+    for s in range(len(device)):
+        work[device[s]] += m * (spec[s, SECONDS] + spec[s, SECONDS + 1] + spec[s, SECONDS + 2])
+    return work
+
+
+@compiled
+def _layout(m: int, num_devices: int, device: Any, split: Any) -> Any:
+    """The stages of each device, where they begin, and where its rows begin."""
+    stages, rows = np.zeros(num_devices + 1, np.int64), np.zeros(num_devices + 1, np.int64)
+    for s in range(len(device)):
+        stages[device[s] + 1] += 1
+        rows[device[s] + 1] += m * (3 if split[s] else 2)
+    stages, rows = np.cumsum(stages), np.cumsum(rows)
+    hosted, position = np.empty(len(device), np.int64), stages.copy()
+    for s in range(len(device)):
+        hosted[position[device[s]]] = s
+        position[device[s]] += 1
+    return hosted, stages, rows
+
+
+@compiled
+def make_spec(instance: Any, device: Any, split: Any, limit: Any, tables: Any) -> Any:
+    """What the loop needs of each stage, and the devices that its output and its input gradient go to.
+
+    An order that is fixed already has no limits: an empty `limit`.
+    """
+    num_stages, remote = len(device), tables.remote
+    spec, target = np.zeros((num_stages, NUM_SPEC)), np.full((num_stages, 2), -1)
+    later = np.zeros(len(instance.slowness))
+    for s in range(num_stages - 1, -1, -1):
+        spec[s, SECONDS] = tables.seconds[F, s]
+        spec[s, SECONDS + 1] = tables.seconds[I if split[s] else B, s]
+        spec[s, SECONDS + 2] = tables.seconds[W, s] if split[s] else 0.0
+        most, kept = max(tables.saved[s], tables.kept[s]), tables.kept[s] if split[s] else 0.0
+        spec[s, TAKES], spec[s, TAKES + 1], spec[s, TAKES + 2] = most, kept - most, -kept
+        spec[s, ROOM] = instance.memory[device[s]] - later[device[s]]
+        later[device[s]] += most
+        spec[s, LIMIT], spec[s, SPLIT] = limit[s] if len(limit) else np.inf, split[s]
+        for k in range(2):
+            spec[s, BUSY + k], spec[s, LATENCY + k] = tables.busy[k, s], tables.latency[k, s]
+            source, to = (s - 1, s + 1) if k == 0 else (s + 1, s - 1)
+            if 0 <= source < num_stages and remote[k, source]:
+                spec[s, RECEIVE + k] = instance.receive
+            if remote[k, s]:
+                target[s, k] = device[to]
+    return spec, target
+
+
+@compiled
+def _priorities(candidate: Any, tables: Any, spec: Any) -> Any:
+    """Lower runs first: microbatch * period - (the seconds that must still follow) + nudges.
+
+    This is the latest start that lets micro-batch i end i periods after the first one. A long period puts old
+    micro-batches first (1F1B), a short one early stages (GPipe); W has nothing after it and fills gaps. Periods,
+    nudges and the like are in units of the busiest device's work on one micro-batch.
+    """
+    num_stages = len(spec)
+    load = np.zeros(len(tables.static))
+    follow = 0.0
+    for s in range(num_stages):
+        follow += spec[s, SECONDS + 1] + spec[s, BUSY + 1] + spec[s, LATENCY + 1]
+        spec[s, RANK + 1] = -follow
+        spec[s, RANK + 2] = -spec[s, SECONDS + 2]
+        load[candidate.device[s]] += spec[s, SECONDS] + spec[s, SECONDS + 1] + spec[s, SECONDS + 2]
+    for s in range(num_stages - 1, -1, -1):
+        follow += spec[s, SECONDS] + spec[s, BUSY] + spec[s, LATENCY]
+        spec[s, RANK] = -follow
+    scale = load.max()
+    spec[:, RANK : RANK + 3] += candidate.nudge * scale
+    spec[:, RANK + 2] += candidate.knobs[DEFER] * scale
+    return candidate.knobs[PERIOD] * scale, candidate.knobs[ALTERNATE] * scale
+
+
+@compiled
+def _choose(
+    rule: Any,
+    spec: Any,
+    counts: Any,
+    arrived: Any,
+    state: Any,
+    choice: Any,
+    hosted: Any,
+    first: int,
+    stop: int,
+    d: int,
+) -> None:
+    """What device d begins next, and when, from what is known now; its stages are hosted[first:stop]."""
+    m, period, alternate, fit, patience = rule
+    now, held, last = state[d, CLOCK], state[d, HELD], choice[d, LAST]
+    best, kind, stage = np.inf, 0, -1  # among what is there
+    weight_rank, weight = np.inf, -1  # among the W's, all of which are there
+    coming, soon, soon_kind, soon_stage = np.inf, np.inf, 0, -1  # the first thing to arrive
+    for h in range(first, stop):
+        s = hosted[h]
+        for k in range(2):
+            i = counts[s, k]
+            if i == m or arrived[s, k, i] == np.inf:
+                continue
+            if k == 0 and (i - counts[s, 1] >= spec[s, LIMIT] or held + spec[s, TAKES] > spec[s, ROOM]):
+                continue
+            at = arrived[s, k, i]
+            rank = spec[s, RANK + k] + i * period + (alternate if k == last else 0.0)
+            if at <= now:
+                if rank < best:
+                    best, kind, stage = rank, k, s
+            elif at < coming or (at == coming and rank < soon):
+                coming, soon, soon_kind, soon_stage = at, rank, k, s
+        if spec[s, SPLIT] > 0 and counts[s, 2] < counts[s, 1]:
+            rank = spec[s, RANK + 2] + counts[s, 2] * period
+            if rank < weight_rank:
+                weight_rank, weight = rank, s
+    if weight >= 0 and weight_rank < best and (stage >= 0 or now + fit * spec[weight, SECONDS + 2] <= coming):
+        best, kind, stage = weight_rank, 2, weight
+    # Something more urgent is about to arrive: wait for it rather than start something long.
+    if stage >= 0 and kind < 2 and soon < best and coming < now + patience * spec[stage, SECONDS + kind]:
+        stage = -1
+    if stage >= 0:
+        state[d, WHEN], choice[d, KIND], choice[d, STAGE] = now, kind, stage
+    else:
+        state[d, WHEN], choice[d, KIND], choice[d, STAGE] = coming, soon_kind, soon_stage
+
+
+@compiled
+def _run(
+    send: float,
+    spec: Any,
+    target: Any,
+    counts: Any,
+    arrived: Any,
+    state: Any,
+    choice: Any,
+    link: Any,
+    d: int,
+) -> int:
+    """Begin the choice of device d; returns the device that its result travels to, or -1."""
+    kind, s = choice[d, KIND], choice[d, STAGE]
+    i, last = counts[s, kind], len(spec) - 1
+    counts[s, kind] = i + 1
+    choice[d, LAST] = kind
+    state[d, HELD] += spec[s, TAKES + kind]
+    begin = state[d, WHEN] + (spec[s, RECEIVE + kind] if kind < 2 else 0.0)
+    end = begin + spec[s, SECONDS + kind]
+    state[d, WORKED] += end - begin
+    state[d, CLOCK] = end
+    if kind == 2 or (kind == 1 and s == 0):
+        return -1
+    to, side = (s + 1, 0) if kind == 0 else (s - 1, 1)
+    if to > last:
+        to, side = last, 1
+    other = target[s, kind]
+    if other < 0:
+        arrived[to, side, i] = end
+        return -1
+    state[d, CLOCK] = end + send
+    link[d, other] = max(end + send, link[d, other]) + spec[s, BUSY + kind]
+    arrived[to, side, i] = link[d, other] + spec[s, LATENCY + kind]
+    return other

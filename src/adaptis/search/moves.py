@@ -1,0 +1,274 @@
+"""Moves: from one candidate of the list scheduler to a neighbour; the arguments are never changed.
+
+A move is chosen by what the simulated devices did: unequal work asks for other layers on them, idle time before the
+first and after the last instruction for another placement, idle time in between for another order. The other kinds
+stay possible all the time: following the diagnosis alone gets stuck (a balanced V of 8 stages on 4 devices blames its
+order, but only moving a layer helps).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from adaptis.kernels import compiled
+from adaptis.search.greedy import (
+    ALTERNATE,
+    CLOCK,
+    DEFER,
+    FIRST,
+    FIT,
+    NUM_KNOBS,
+    PATIENCE,
+    PERIOD,
+    WORKED,
+    Candidate,
+)
+from adaptis.search.instance import B, F, I, W
+
+NO_LIMIT = 1 << 30
+MOST_DOUBLINGS = 4  # at most 2 ** 3 proposals
+TRUST = 0.5  # how often the diagnosis decides
+
+
+@compiled
+def copy(candidate: Any) -> Any:
+    """The same candidate in arrays of its own."""
+    return Candidate(
+        candidate.stop.copy(),
+        candidate.device.copy(),
+        candidate.split.copy(),
+        candidate.nudge.copy(),
+        candidate.limit.copy(),
+        candidate.knobs.copy(),
+    )
+
+
+@compiled
+def mutate(instance: Any, candidate: Any, state: Any, cost: float, most_stages: int) -> Any:
+    """A random neighbour of `candidate`, whose devices fared as `state` says in a step of `cost` seconds.
+
+    Of several moves of layers the one that leaves the busiest device the least work is worth a simulation: looking
+    at the sums costs a hundredth of it.
+    """
+    kind = _diagnose(state, cost) if np.random.random() < TRUST else np.random.randint(3)
+    if kind == 2:
+        return _move_order(candidate)
+    best, least = candidate, np.inf
+    for _ in range(1 << np.random.randint(MOST_DOUBLINGS)):
+        if kind == 0:
+            trial = _move_partition(candidate, state, most_stages)
+        else:
+            trial = _move_placement(candidate, state, most_stages)
+        load = heaviest(instance, trial)
+        if load < least:
+            best, least = trial, load
+    return best
+
+
+@compiled
+def heaviest(instance: Any, candidate: Any) -> float:
+    """Seconds of work on one micro-batch of the busiest device."""
+    load, start = np.zeros(len(instance.slowness)), 0
+    for s in range(len(candidate.stop)):
+        d, stop = candidate.device[s], candidate.stop[s]
+        for k in (F, I, W) if candidate.split[s] else (F, B, B):
+            seconds = instance.seconds[k, stop] - instance.seconds[k, start] + instance.extra[k]
+            load[d] += seconds * instance.slowness[d]
+        if not candidate.split[s]:
+            seconds = instance.seconds[B, stop] - instance.seconds[B, start] + instance.extra[B]
+            load[d] -= seconds * instance.slowness[d]
+        start = stop
+    return load.max()
+
+
+@compiled
+def _diagnose(state: Any, cost: float) -> int:
+    """What costs most: 0 unequal work, 1 idle ends, 2 idle time in between; in seconds of all devices."""
+    uneven, ends, between = 0.0, 0.0, 0.0
+    most = state[:, WORKED].max()
+    for d in range(len(state)):
+        uneven += most - state[d, WORKED]
+        ends += state[d, FIRST] + cost - state[d, CLOCK]
+        between += state[d, CLOCK] - state[d, FIRST] - state[d, WORKED]
+    draw = np.random.random() * (uneven + ends + between)
+    return 0 if draw < uneven else 1 if draw < uneven + ends else 2
+
+
+@compiled
+def _pick(state: Any, sign: int) -> int:
+    """The busiest device (sign 1) or the least busy one (-1), or sometimes any."""
+    if np.random.random() < 0.4:
+        return np.random.randint(len(state))
+    return np.argmax(sign * state[:, WORKED])
+
+
+@compiled
+def _stage_on(candidate: Any, d: int) -> int:
+    """A random stage on device d, -1 if it has none."""
+    found, seen = -1, 0
+    for s in range(len(candidate.device)):
+        if candidate.device[s] == d:
+            seen += 1
+            if np.random.randint(seen) == 0:
+                found = s
+    return found
+
+
+@compiled
+def _move_partition(candidate: Any, state: Any, most_stages: int) -> Any:
+    """Move layers: over a border, or out of a busy device into an idle one."""
+    draw = np.random.random()
+    if draw < 0.55:
+        return _shift(candidate, np.random.randint(max(len(candidate.stop) - 1, 1)))
+    if draw < 0.8:
+        return _two_shifts(candidate)
+    s = _stage_on(candidate, _pick(state, 1))
+    return candidate if s < 0 else _carve(candidate, s, _pick(state, -1), most_stages)
+
+
+@compiled
+def _shift(candidate: Any, border: int) -> Any:
+    """One layer, seldom two, over the border behind stage `border`; an emptied stage disappears."""
+    trial = copy(candidate)
+    if len(trial.stop) == 1:
+        return trial
+    step = 1 if np.random.random() < 0.8 else 2
+    step = step if np.random.random() < 0.5 else -step
+    low = trial.stop[border - 1] if border > 0 else 0
+    high = trial.stop[border + 1]
+    to = trial.stop[border] + step
+    if low < to < high:
+        trial.stop[border] = to
+        return trial
+    return _without(trial, border, border + 1 if to <= low else border)
+
+
+@compiled
+def _two_shifts(candidate: Any) -> Any:
+    """Two borders at once: what one device gives it takes back elsewhere."""
+    trial = candidate
+    for _ in range(2):
+        trial = _shift(trial, np.random.randint(max(len(trial.stop) - 1, 1)))
+    return trial
+
+
+@compiled
+def _without(candidate: Any, border: int, keep: int) -> Any:
+    """Stages `border` and `border` + 1 become one, which is otherwise as `keep` was."""
+    n = len(candidate.stop)
+    gone = border + 1 if keep == border else border
+    index = np.empty(n - 1, np.int64)
+    for s in range(n - 1):
+        index[s] = s if s < gone else s + 1
+    trial = _selected(candidate, index)
+    trial.stop[border] = candidate.stop[border + 1]
+    return trial
+
+
+@compiled
+def _selected(candidate: Any, index: Any) -> Any:
+    """The stages `index` of `candidate`, in arrays of their own."""
+    return Candidate(
+        candidate.stop[index],
+        candidate.device[index],
+        candidate.split[index],
+        candidate.nudge[index],
+        candidate.limit[index],
+        candidate.knobs.copy(),
+    )
+
+
+@compiled
+def _cut(candidate: Any, s: int, at: int) -> Any:
+    """Stage s becomes two, the second of which begins with layer `at`."""
+    index = np.empty(len(candidate.stop) + 1, np.int64)
+    for i in range(len(index)):
+        index[i] = i if i <= s else i - 1
+    trial = _selected(candidate, index)
+    trial.stop[s] = at
+    return trial
+
+
+@compiled
+def _carve(candidate: Any, s: int, device: int, most_stages: int) -> Any:
+    """A random run of layers of stage s moves to `device`."""
+    start, stop = candidate.stop[s - 1] if s > 0 else 0, candidate.stop[s]
+    length = min(1 + np.random.randint(3), stop - start)
+    first = start + np.random.randint(stop - start - length + 1)
+    if len(candidate.stop) + 2 > most_stages and (first > start or first + length < stop):
+        return candidate
+    trial = candidate
+    if first > start:
+        trial = _cut(trial, s, first)
+        s += 1
+    if first + length < stop:
+        trial = _cut(trial, s, first + length)
+    trial = copy(trial)
+    trial.device[s] = device
+    return trial
+
+
+@compiled
+def _move_placement(candidate: Any, state: Any, most_stages: int) -> Any:
+    """Stages change places, split, or join."""
+    n = len(candidate.stop)
+    s, draw = np.random.randint(n), np.random.random()
+    if draw < 0.25:
+        trial = copy(candidate)
+        trial.device[s] = _pick(state, -1)
+        return trial
+    if draw < 0.55:
+        other = np.random.randint(n)
+        trial = copy(candidate)
+        trial.device[s], trial.device[other] = candidate.device[other], candidate.device[s]
+        return trial
+    if draw < 0.8 or n == 1:
+        return _divide(candidate, s, state, most_stages)
+    border = np.random.randint(n - 1)
+    return _without(candidate, border, border + np.random.randint(2))
+
+
+@compiled
+def _divide(candidate: Any, s: int, state: Any, most_stages: int) -> Any:
+    """Stage s in two, one of which goes elsewhere."""
+    start = candidate.stop[s - 1] if s > 0 else 0
+    if candidate.stop[s] - start < 2 or len(candidate.stop) >= most_stages:
+        return candidate
+    trial = _cut(candidate, s, start + 1 + np.random.randint(candidate.stop[s] - start - 1))
+    trial.device[s + np.random.randint(2)] = _pick(state, -1)
+    return trial
+
+
+@compiled
+def _move_order(candidate: Any) -> Any:
+    """Another rule, other priorities, another limit, or a backward in one piece or two."""
+    trial = copy(candidate)
+    s, draw = np.random.randint(len(trial.stop)), np.random.random()
+    if draw < 0.55:
+        trial.nudge[s, np.random.randint(3)] += np.random.normal() * 0.5
+    elif draw < 0.65:
+        trial.nudge[s, np.random.randint(3)] = 0.0
+    elif draw < 0.85:
+        _turn_knob(trial.knobs, np.random.randint(NUM_KNOBS))
+    elif draw < 0.95:
+        trial.split[s] = not trial.split[s]
+    else:
+        trial.limit[s] = NO_LIMIT if np.random.random() < 0.5 else 1 + np.random.randint(2 * len(trial.stop))
+    return trial
+
+
+@compiled
+def _turn_knob(knobs: Any, knob: int) -> None:
+    """Draw one number of the rule anew; 0 or 1 where those are the clear choices."""
+    if knob == PERIOD:
+        knobs[knob] = max(0.0, knobs[knob] + np.random.normal() * 0.3)
+    elif knob == ALTERNATE:
+        knobs[knob] = 0.0 if np.random.random() < 0.5 else np.random.normal()
+    elif knob == FIT:
+        knobs[knob] = np.random.random() if np.random.random() < 0.5 else np.random.randint(2)
+    elif knob == PATIENCE:
+        knobs[knob] = np.random.random() if np.random.random() < 0.5 else 0.0
+    elif knob == DEFER:
+        knobs[knob] = np.random.random() * 10 if np.random.random() < 0.5 else 100.0

@@ -1,0 +1,291 @@
+"""The last per cents: explicit orders, changed where the critical path says, judged by replay.
+
+The order of every device is a sequence of (kind, stage); which micro-batch is meant follows from counting. Moving one
+computation to another position, or one layer over a border, leaves the rest as it is, so that each trial is a replay:
+a few microseconds, and free of the list scheduler's rules.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from adaptis.kernels import compiled
+from adaptis.search.greedy import (
+    BUSY,
+    CLOCK,
+    HELD,
+    LATENCY,
+    RECEIVE,
+    SECONDS,
+    TAKES,
+    WORKED,
+    list_schedule,
+    make_spec,
+    seconds_of_work,
+)
+from adaptis.search.instance import finish, price
+
+BORDER_SHARE = 0.15  # of the trials move a border, the others a computation
+
+
+class Fixed(NamedTuple):
+    """A candidate with an explicit order."""
+
+    stop: Any  # (S,)
+    device: Any  # (S,)
+    split: Any  # (S,)
+    offsets: Any  # (D + 1,)
+    kind: Any  # (n,) 0 F, 1 B or I, 2 W
+    stage: Any  # (n,)
+
+
+class Trace(NamedTuple):
+    """What a replay leaves for the next move."""
+
+    cause: Any  # (n,) the row whose end made row i begin when it did, -1: none
+    path: Any  # (n,) the critical path, last row first
+    length: Any  # (1,) of the path
+
+
+@compiled
+def fix(instance: Any, candidate: Any) -> Any:
+    """The order that the list scheduler makes of `candidate`, written out."""
+    tables = price(instance, candidate.stop, candidate.device)
+    orders = list_schedule(instance, candidate, tables, np.inf)
+    return Fixed(
+        candidate.stop, candidate.device, candidate.split, orders.offsets, orders.kind, orders.stage
+    )
+
+
+@compiled
+def copy_fixed(fixed: Any) -> Any:
+    """The same in arrays of its own."""
+    return Fixed(
+        fixed.stop.copy(),
+        fixed.device.copy(),
+        fixed.split.copy(),
+        fixed.offsets.copy(),
+        fixed.kind.copy(),
+        fixed.stage.copy(),
+    )
+
+
+@compiled
+def make_trace(n: int) -> Any:
+    """Room for the traces of replays of n rows."""
+    return Trace(np.full(n, -1), np.empty(n, np.int64), np.zeros(1, np.int64))
+
+
+@compiled
+def retime(instance: Any, fixed: Any, trace: Any, most: float = np.inf) -> float:
+    """Seconds of the step of `fixed`; inf where it deadlocks, does not fit or takes longer than `most`."""
+    tables = price(instance, fixed.stop, fixed.device)
+    limit = np.empty(0)
+    spec, target = make_spec(instance, fixed.device, fixed.split, limit, tables)
+    num_stages, num_devices = len(fixed.stop), len(fixed.offsets) - 1
+    state = np.zeros((num_devices, 5))
+    state[:, HELD] = tables.static
+    row_of = np.full((num_stages, 3, instance.num_microbatches), -1)
+    last = np.full(num_devices, -1)
+    left = seconds_of_work(instance.num_microbatches, num_devices, fixed.device, spec)
+    left -= most * (1 + 1e-12)
+    done = _replay(instance, fixed, spec, target, state, row_of, trace.cause, last, left)
+    if done < len(fixed.kind):
+        return np.inf
+    clock = state[:, CLOCK].copy()
+    step = finish(instance, fixed.stop, fixed.device, tables.update, clock)
+    d = np.argmax(clock + tables.update)
+    i, length = last[d], 0
+    while i >= 0:
+        trace.path[length] = i
+        length += 1
+        i = trace.cause[i]
+    trace.length[0] = length
+    return step
+
+
+@compiled
+def _replay(
+    instance: Any,
+    fixed: Any,
+    spec: Any,
+    target: Any,
+    state: Any,
+    row_of: Any,
+    cause: Any,
+    last: Any,
+    left: Any,
+) -> int:
+    """Run every device's rows as early as possible; returns how many could run and fitted.
+
+    `left` is each device's work less what time there is: positive once idle time has used that up.
+    """
+    offsets, kinds, stages, device = fixed.offsets, fixed.kind, fixed.stage, fixed.device
+    num_stages, num_devices, m = len(spec), len(state), instance.num_microbatches
+    memory, send = instance.memory, instance.send
+    counts = np.zeros((num_stages, 3), np.int64)
+    arrived = np.full((num_stages, 2, m), np.inf)
+    arrived[0, 0, :] = 0.0
+    link = np.zeros((num_devices, num_devices))
+    position = offsets[:-1].copy()
+    stack, queued, depth = np.arange(num_devices), np.ones(num_devices, np.bool_), num_devices
+    done = 0
+    while depth > 0:
+        depth -= 1
+        d = stack[depth]
+        queued[d] = False
+        while position[d] < offsets[d + 1]:
+            i = position[d]
+            if not _begin(spec, kinds[i], stages[i], counts, arrived, row_of, state, cause, last, d, i):
+                break
+            left[d] -= spec[stages[i], SECONDS + kinds[i]]
+            if state[d, HELD] > memory[d] or state[d, CLOCK] + left[d] > 0:
+                return done
+            done += 1
+            position[d] += 1
+            other = _hand_over(send, spec, target, kinds[i], stages[i], counts, arrived, state, link, d)
+            if other >= 0 and not queued[other]:
+                stack[depth], queued[other] = other, True
+                depth += 1
+            state[d, HELD] += min(spec[stages[i], TAKES + kinds[i]], 0.0)
+    return done
+
+
+@compiled
+def _begin(
+    spec: Any,
+    k: int,
+    s: int,
+    counts: Any,
+    arrived: Any,
+    row_of: Any,
+    state: Any,
+    cause: Any,
+    last: Any,
+    d: int,
+    i: int,
+) -> bool:
+    """Run row i of device d if what it reads is known, and note why it began when it did."""
+    count = counts[s, k]
+    begin, why = state[d, CLOCK], last[d]
+    if k == 2:
+        if count >= counts[s, 1]:
+            return False
+    else:
+        at = arrived[s, k, count]
+        if at == np.inf or (k == 1 and count >= counts[s, 0]):
+            return False
+        if at > begin:
+            source = s - 1 if k == 0 else s + 1
+            begin, why = at, row_of[s, 0, count] if source == len(spec) else row_of[source, k, count]
+        begin += spec[s, RECEIVE + k]
+    cause[i] = why
+    row_of[s, k, count] = i
+    counts[s, k] = count + 1
+    state[d, CLOCK] = begin + spec[s, SECONDS + k]
+    state[d, WORKED] += spec[s, SECONDS + k]
+    state[d, HELD] += max(spec[s, TAKES + k], 0.0)
+    last[d] = i
+    return True
+
+
+@compiled
+def _hand_over(
+    send: float,
+    spec: Any,
+    target: Any,
+    k: int,
+    s: int,
+    counts: Any,
+    arrived: Any,
+    state: Any,
+    link: Any,
+    d: int,
+) -> int:
+    """Say when the result of stage s, kind k, arrives; returns the device it travels to, or -1."""
+    if k == 2 or (k == 1 and s == 0):
+        return -1
+    to, side, end, i = (s + 1 if k == 0 else s - 1), k, state[d, CLOCK], counts[s, k] - 1
+    if to == len(spec):
+        to, side = s, 1
+    other = target[s, k]
+    if other < 0:
+        arrived[to, side, i] = end
+        return -1
+    state[d, CLOCK] = end + send
+    link[d, other] = max(end + send, link[d, other]) + spec[s, BUSY + k]
+    arrived[to, side, i] = link[d, other] + spec[s, LATENCY + k]
+    return other
+
+
+@compiled
+def polish(
+    instance: Any, start: Any, best: Any, seed: int, first: int, stop: int, total: int, hot: float, cold: float
+) -> Any:
+    """Trials `first` to `stop` of an annealing run of `total`: where it stands, the best so far, and its cost."""
+    np.random.seed(seed)
+    current = copy_fixed(start)
+    trace, other = make_trace(len(current.kind)), make_trace(len(current.kind))
+    least, cost = retime(instance, best, trace), retime(instance, current, trace)
+    for trial in range(first, stop):
+        heat = cost * hot * (cold / hot) ** (trial / total)
+        moved, source, to = _change(current, trace)
+        if moved < 0:
+            continue
+        # Drawn first, so that a replay can stop as soon as it is refused.
+        most = cost - heat * np.log(1 - np.random.random())
+        price = retime(instance, current, other, most)
+        if price <= most:
+            trace, other, cost = other, trace, price
+            if cost < least:
+                best, least = copy_fixed(current), cost
+        else:
+            _undo(current, moved, source, to)
+    return current, best, least
+
+
+@compiled
+def _change(fixed: Any, trace: Any) -> Any:
+    """Change `fixed` in place; (0, row, where it went), (1, border, by how much) or (-1, 0, 0) for nothing."""
+    if len(fixed.stop) > 1 and np.random.random() < BORDER_SHARE:
+        border = np.random.randint(len(fixed.stop) - 1)
+        step = 1 if np.random.random() < 0.5 else -1
+        low = fixed.stop[border - 1] if border > 0 else 0
+        if not low < fixed.stop[border] + step < fixed.stop[border + 1]:
+            return -1, 0, 0
+        fixed.stop[border] += step
+        return 1, border, step
+    i = trace.path[np.random.randint(trace.length[0])]
+    if np.random.random() < 0.2:
+        i = np.random.randint(len(fixed.kind))
+    d = np.searchsorted(fixed.offsets, i, side="right") - 1
+    reach = 1 + int(np.random.exponential() * 3)
+    to = i - reach if np.random.random() < 0.5 else i + reach
+    to = min(max(to, fixed.offsets[d]), fixed.offsets[d + 1] - 1)
+    # Between equal ones nothing changes.
+    if to == i or (fixed.kind[to] == fixed.kind[i] and fixed.stage[to] == fixed.stage[i]):
+        return -1, 0, 0
+    _insert(fixed.kind, i, to)
+    _insert(fixed.stage, i, to)
+    return 0, i, to
+
+
+@compiled
+def _insert(row: Any, source: int, to: int) -> None:
+    """Take out element `source` and put it in so that it stands at `to`."""
+    value = row[source]
+    step = 1 if to > source else -1
+    for i in range(source, to, step):
+        row[i] = row[i + step]
+    row[to] = value
+
+
+@compiled
+def _undo(fixed: Any, moved: int, source: int, to: int) -> None:
+    if moved == 1:
+        fixed.stop[source] -= to
+    else:
+        _insert(fixed.kind, to, source)
+        _insert(fixed.stage, to, source)
