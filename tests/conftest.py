@@ -1,4 +1,4 @@
-"""Shared settings: the folder of helpers that spawned processes import, and hypothesis's profile."""
+"""Shared settings: where helpers that spawned processes import are, and hypothesis's profile."""
 
 import os
 import sys

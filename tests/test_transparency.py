@@ -1,4 +1,7 @@
-"""The top test: whatever the plan, losses and gradients are those of plain training in one process."""
+"""The top test.
+
+Whatever the plan, losses and gradients are those of plain training in one process.
+"""
 
 import functools
 
@@ -28,7 +31,10 @@ def plan_of(name, cuts, m, *, recompute=()):
 
 
 def irregular(m):
-    """Stages 0 and 3 on device 0, 1 and 2 on device 1; fused, split and deferred backwards mixed."""
+    """Stages 0 and 3 on device 0, 1 and 2 on device 1.
+
+    Fused, split and deferred backwards mixed.
+    """
     stages = tuple(Stage(*cut) for cut in ((0, 1, 0), (1, 3, 1), (3, 5, 1), (5, 6, 0)))
     first, second = [], []
     for i in range(m):
@@ -88,7 +94,10 @@ def test_every_schedule_trains_bitwise_as_one_process(name, trained):
 
 @pytest.mark.parametrize("name", ["tied, apart", "tied, together"])
 def test_tied_embedding_and_head_train_as_one_parameter(name, trained):
-    """The embedding's and the head's gradients are summed apart, so not to the last bit: float64."""
+    """The embedding's and the head's gradients are summed apart, so not to the last bit.
+
+    Float64.
+    """
     losses, parameters = trained[name]
     expected, weights = tiny.train_plain(tied, 4, STEPS)
     np.testing.assert_allclose(losses, expected, rtol=1e-13)

@@ -4,13 +4,16 @@ import functools
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from adaptis.execute import checkpoint
 from adaptis.execute.reference import Reference
 from adaptis.execute.session import Session
+from adaptis.execute.train import adamw
 from adaptis.execute.world import seated
 from adaptis.measure.stage import Chain
 
@@ -107,9 +110,28 @@ def train_rank(seat, connection, cases, steps):
 
 def _train(world, make, plan, steps, uneven):
     session = Session(world, make(), plan, optimizer=sgd, seed=3)
-    losses = [session.step(batches(plan.num_microbatches, step, uneven)).loss for step in range(steps)]
+    losses = [
+        session.step(batches(plan.num_microbatches, step, uneven)).loss for step in range(steps)
+    ]
     assert all(stage.idle() for stage in session.stages.values())
     return losses, {name: p.detach().numpy() for name, p in session.parameters.items()}
+
+
+def resume_rank(seat, connection, make, plans, folder):
+    """Two steps under plans[0], saved; two more under each plan, from the checkpoint."""
+    with seated(seat, connection) as world:
+        session = Session(world, make(), plans[0], optimizer=adamw(), seed=3)
+        for step in range(2):
+            session.step(batches(plans[0].num_microbatches, step))
+        saved = checkpoint.save(session, Path(folder), seed=3)
+        going_on = [session.step(batches(4, step)).loss for step in (2, 3)]
+        again = []
+        for plan in plans:
+            other = Session(world, make(), plan, optimizer=adamw(), seed=99)
+            checkpoint.load(other, saved)
+            assert other.steps == 2
+            again.append([other.step(batches(4, step)).loss for step in (2, 3)])
+        return str(saved), going_on, again
 
 
 def one_step_rank(seat, connection, make, plan):

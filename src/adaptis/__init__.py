@@ -1,7 +1,7 @@
 """AdaPtis: adaptive pipeline parallelism for training large models in PyTorch.
 
-The tree is the explanation: read the modules in the order of `tests/test_tree.py`'s river. Names that need torch are
-imported when they are first used.
+The tree is the explanation: read the modules in the order of `tests/test_tree.py`'s river. Names
+that need torch are imported when they are first used.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
 """`check(program)` proves a program, or says exactly what is wrong with it.
 
-Always on before a simulation or a run. Proven: each computation exactly once and on the device of its stage, every
-value written before it is read, sends and receives matched in order on each link, and no deadlock. A program has
-no wildcards, so its moves commute and one walk over the wait-for graph decides for every interleaving. Three
-semantics of a transfer:
+Always on before a simulation or a run. Proven: each computation exactly once and on the device of
+its stage, every value written before it is read, sends and receives matched in order on each link,
+and no deadlock. A program has no wildcards, so its moves commute and one walk over the wait-for
+graph decides for every interleaving. Three semantics of a transfer:
 
-    posted      ours: sends and receives never block, a reader waits for its value, the step waits for all sends
-    buffered    a receive blocks until its value was sent
-    rendezvous  send and receive both block until the other is there (what a plain blocking runtime does)
+    posted      ours: sends and receives never block, a reader waits for its value, the step waits
+    for all sends buffered    a receive blocks until its value was sent
+    rendezvous  send and receive both block until the other is there (what a plain blocking runtime
+    does)
 
 Memory is not checked here but priced by `simulate`, which knows the bytes.
 """
@@ -69,20 +70,25 @@ def _once(program: Program) -> None:
     for device, row in enumerate(program.devices):
         for index, instruction in enumerate(row):
             if isinstance(instruction, Step) and index != len(row) - 1:
-                raise ProgramError(f"{where(program, (device, index))}: only the last instruction can be STEP")
+                raise ProgramError(
+                    f"{where(program, (device, index))}: only the last instruction can be STEP"
+                )
             if not isinstance(instruction, Compute):
                 continue
             at = where(program, (device, index))
             op, stage, microbatch = instruction.op, instruction.stage, instruction.microbatch
             if stage >= program.num_stages or microbatch >= program.num_microbatches:
                 raise ProgramError(
-                    f"{at}: there are {program.num_stages} stages and {program.num_microbatches} micro-batches"
+                    f"{at}: there are {program.num_stages} stages and {program.num_microbatches} "
+                    f"micro-batches"
                 )
             if program.placement[stage] != device:
                 raise ProgramError(f"{at}: stage {stage} is on device {program.placement[stage]}")
             if (op, stage, microbatch) in seen:
                 first = where(program, seen[op, stage, microbatch])
-                raise ProgramError(f"{at}: was computed before, at {first}; each computation runs once")
+                raise ProgramError(
+                    f"{at}: was computed before, at {first}; each computation runs once"
+                )
             seen[op, stage, microbatch] = (device, index)
     _complete(program, seen)
 
@@ -109,9 +115,9 @@ def _complete(program: Program, seen: dict[tuple[Op, int, int], Position]) -> No
                 missing = "I" if weight else "W" if half else "B"
                 raise ProgramError(f"{what}: {stage}{missing}{microbatch} is missing")
             if again != (stage in program.recomputed):
-                raise ProgramError(
-                    f"{what}: {'has an R though the stage keeps its activations' if again else 'R is missing'}"
-                )
+                missing = "R is missing"
+                extra = "has an R though the stage keeps its activations"
+                raise ProgramError(f"{what}: {extra if again else missing}")
 
 
 def _written_before_read(program: Program) -> None:
@@ -121,7 +127,8 @@ def _written_before_read(program: Program) -> None:
             for value in program.reads(instruction):
                 if value not in there:
                     raise ProgramError(
-                        f"{where(program, (device, index))}: reads {_describe(value)}, which nothing "
+                        f"{where(program, (device, index))}: reads {_describe(value)}, which "
+                        f"nothing "
                         f"before it on this device computes or receives"
                     )
             there.update(program.writes(instruction))
@@ -149,7 +156,8 @@ def _matched(program: Program) -> list[tuple[Position, Position]]:
         for (send, sent), (receive, expected) in zip(there, here, strict=False):
             if sent != expected:
                 raise ProgramError(
-                    f"link {link[0]} to {link[1]}: {where(program, send)} meets {where(program, receive)}; "
+                    f"link {link[0]} to {link[1]}: {where(program, send)} meets "
+                    f"{where(program, receive)}; "
                     f"sends and receives must stand in the same order"
                 )
             pairs.append((send, receive))
@@ -187,7 +195,8 @@ def _no_deadlock(
     cycle = _cycle(before, {node for node, count in missing.items() if count > 0})
     lines = tuple(where(program, node) for node in cycle)
     raise DeadlockError(
-        f"{len(lines)} instructions wait for each other in a circle: " + " <- ".join((*lines, lines[0])),
+        f"{len(lines)} instructions wait for each other in a circle: "
+        + " <- ".join((*lines, lines[0])),
         lines,
     )
 
@@ -211,7 +220,8 @@ def _wait_for(
     for send, receive in pairs:
         before[receive].append(send)
         if semantics is Semantics.RENDEZVOUS:
-            # Neither end passes before the other has arrived: what follows the one waits for the other.
+            # Neither end passes before the other has arrived: what follows the one waits for the
+            # other.
             before[send] += [(receive[0], receive[1] - 1)] if receive[1] else []
     return before
 

@@ -1,7 +1,8 @@
-"""The command line: each verb reads and writes the files of the types above, and says what to do next.
+"""The command line: each verb reads and writes files, and says what to do next.
 
-Results go to stdout (with `--json` as one JSON object), progress and messages to stderr. Exit status: 0 done, 1 a
-clear "no", 2 bad input. One micro-batch's way from here to a gradient is told in `docs/design/walkthrough.md`.
+Results go to stdout (with `--json` as one JSON object), progress and messages to stderr. Exit
+status: 0 done, 1 a clear "no", 2 bad input. One micro-batch's way from here to a gradient is told
+in `docs/design/walkthrough.md`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ import typer
 from adaptis.errors import Error, InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from adaptis.cluster import Cluster
     from adaptis.profile import Profile
     from adaptis.timeline import Timeline
@@ -39,8 +38,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON
 ProfileFile = Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile file.")]
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")]
 Devices = Annotated[int | None, typer.Option(help="How many devices; default: the profile's hint.")]
-Microbatches = Annotated[int | None, typer.Option(help="Micro-batches per step; default: the profile's hint.")]
-ClusterFile = Annotated[Path | None, typer.Option("--cluster", help="A cluster file: devices and links.")]
+Microbatches = Annotated[
+    int | None, typer.Option(help="Micro-batches per step; default: the profile's hint.")
+]
+ClusterFile = Annotated[
+    Path | None, typer.Option("--cluster", help="A cluster file: devices and links.")
+]
 Memory = Annotated[float | None, typer.Option("--memory-gib", help="Memory of each device, GiB.")]
 Seconds = Annotated[float, typer.Option(help="How long to search.")]
 Seed = Annotated[int, typer.Option(help="Of the search.")]
@@ -90,12 +93,15 @@ def _setting(
     if shard_head not in ("auto", "never", "always"):
         raise InputError(f"--shard-head {shard_head}: auto, never or always is needed")
     if shard_head == "always":
-        raise InputError("--shard-head always: this version cannot shard the head yet; use auto or never")
+        raise InputError(
+            "--shard-head always: this version cannot shard the head yet; use auto or never"
+        )
     profile = load_profile(path)
     cluster = load_cluster(cluster_file) if cluster_file else None
     if cluster and devices not in (None, cluster.num_devices):
         raise InputError(
-            f"--devices {devices}, but {cluster_file} describes {cluster.num_devices}; leave one of the two out"
+            f"--devices {devices}, but {cluster_file} describes {cluster.num_devices}; leave one "
+            f"of the two out"
         )
     if cluster is None:
         count = devices if devices is not None else profile.devices
@@ -109,7 +115,8 @@ def _setting(
         cluster = replace(cluster, devices=limited)
     if cluster.num_devices > profile.num_layers:
         raise InputError(
-            f"{cluster.num_devices} devices for {profile.num_layers} layers: each device needs a layer; "
+            f"{cluster.num_devices} devices for {profile.num_layers} layers: each device needs a "
+            f"layer; "
             f"use at most {profile.num_layers} devices"
         )
     count = microbatches if microbatches is not None else profile.microbatches
@@ -120,14 +127,19 @@ def _setting(
 
 @app.command()
 def demo(
-    folder: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the results.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for the results.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Training steps of each contestant.")] = 16,
     seconds: Seconds = 4.0,
     seed: Seed = 0,
     only: Annotated[str | None, typer.Option(help="Only this one of the two presets.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Train two real models under a plan found here, against the usual schedules. Example: adaptis demo"""
+    """Train two real models under a plan found here, against the usual schedules.
+
+    Example: adaptis demo
+    """
     from adaptis import demo as main_job
     from adaptis.console import Reporter, err, out, table
 
@@ -139,7 +151,10 @@ def demo(
     settings = main_job.Settings(steps=steps, search_seconds=seconds, seed=seed)
     outcomes = []
     for preset in [only] if only else main_job.PRESETS:
-        err.print(f"[bold]{preset}[/bold]: {main_job.DEVICES} processes of 1 thread, {settings.microbatches} micro-batches")
+        err.print(
+            f"[bold]{preset}[/bold]: {main_job.DEVICES} processes of 1 thread, "
+            f"{settings.microbatches} micro-batches"
+        )
         with Reporter("  ") as reporter:
             outcomes.append(main_job.run_model(preset, settings, reporter.say))
         if not as_json:
@@ -148,29 +163,51 @@ def demo(
     summary = main_job.write_outputs(outcomes, folder)
     if not _emit(summary | {"folder": str(folder)}, as_json):
         out.print(f"\nAll results are in [bold]{folder}[/bold]:", soft_wrap=True)
-        out.print(f"  {folder}/report.html   open it in a browser: predicted and measured, side by side", soft_wrap=True)
-        out.print(f"  {folder}/{outcomes[0].preset}/before-and-after.svg   the picture", soft_wrap=True)
-        out.print(f"  {folder}/trace.json    for ui.perfetto.dev or chrome://tracing", soft_wrap=True)
+        out.print(
+            f"  {folder}/report.html   open it in a browser: predicted and measured, side by side",
+            soft_wrap=True,
+        )
+        out.print(
+            f"  {folder}/{outcomes[0].preset}/before-and-after.svg   the picture", soft_wrap=True
+        )
+        out.print(
+            f"  {folder}/trace.json    for ui.perfetto.dev or chrome://tracing", soft_wrap=True
+        )
     _next(f"adaptis compare {folder}/{outcomes[0].preset}/profile.json --devices 4")
 
 
 @app.command()
 def profile(
-    model: Annotated[str, typer.Argument(help="A preset, a preset's TOML file, or a Hugging Face config.json.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the profile.")] = Path("profile.json"),
-    devices: Annotated[int, typer.Option(help="Processes that measure at once, as they will train.")] = 2,
+    model: Annotated[
+        str, typer.Argument(help="A preset, a preset's TOML file, or a Hugging Face config.json.")
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="Where to write the profile.")
+    ] = Path("profile.json"),
+    devices: Annotated[
+        int, typer.Option(help="Processes that measure at once, as they will train.")
+    ] = 2,
     microbatches: Annotated[int, typer.Option(help="A hint that goes into the profile.")] = 8,
     rounds: Annotated[int, typer.Option(help="How often each layer is timed.")] = 9,
-    sequence: Annotated[int | None, typer.Option(help="Tokens per sequence; default: the preset's.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences per micro-batch; default: the preset's.")] = None,
-    analytic: Annotated[str | None, typer.Option(help="Compute instead, for this accelerator (e.g. h100).")] = None,
+    sequence: Annotated[
+        int | None, typer.Option(help="Tokens per sequence; default: the preset's.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Sequences per micro-batch; default: the preset's.")
+    ] = None,
+    analytic: Annotated[
+        str | None, typer.Option(help="Compute instead, for this accelerator (e.g. h100).")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Measure each layer of a model here, or compute it. Example: adaptis profile demo-hybrid -o profile.json"""
-    from adaptis.files import write_json
-    from adaptis.profile import profile_to_json
+    """Measure each layer of a model here, or compute it.
+
+    Example: adaptis profile demo-hybrid -o profile.json
+    """
     from adaptis.cluster import cluster_to_json
+    from adaptis.files import write_json
     from adaptis.jobs import compute_profile, measure_profile
+    from adaptis.profile import profile_to_json
 
     for name, value in {"devices": devices, "microbatches": microbatches, "rounds": rounds}.items():
         if value < 1:
@@ -193,34 +230,10 @@ def profile(
         write_json(beside, cluster_to_json(cluster))
         extra = f" --cluster {beside}"
     if not _emit(value, as_json):
-        _show_profile(found)
+        from adaptis.console import show_profile
+
+        show_profile(found)
     _next(f"adaptis plan {output}{extra} -o plan.json")
-
-
-def _show_profile(found: Profile) -> None:
-    from adaptis.console import out, seconds, size, table
-
-    table(
-        found.model,
-        ("layer", "kind", "F", "B", "I", "W", "state", "kept"),
-        [
-            (
-                layer.name,
-                layer.kind,
-                seconds(layer.forward),
-                seconds(layer.backward),
-                seconds(layer.backward_input),
-                seconds(layer.backward_weight),
-                size(layer.state_bytes),
-                size(layer.saved_bytes),
-            )
-            for layer in found.layers
-        ],
-    )
-    split = sum(layer.backward_input + layer.backward_weight for layer in found.layers)
-    fused = sum(layer.backward for layer in found.layers)
-    extra = found.overheads
-    out.print(f"I + W is {split / fused:.3f} of B; each instruction adds {seconds(extra.forward)} (F), {seconds(extra.backward)} (B)")
 
 
 @app.command()
@@ -233,21 +246,33 @@ def plan(
     seconds: Seconds = 10.0,
     seed: Seed = 0,
     shard_head: ShardHead = "auto",
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Where to write the plan.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Where to write the plan.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Find the fastest plan. Example: adaptis plan profile.json --devices 4 --microbatches 8 -o plan.json"""
-    from adaptis.console import Reporter, out
+    """Find the fastest plan.
+
+    Example: adaptis plan profile.json --devices 4 --microbatches 8 -o plan.json
+    """
+    from adaptis.console import Reporter, draw_timeline, out
     from adaptis.plan import save_plan
     from adaptis.search import Stop, search
 
-    found, cluster, count = _setting(file, devices, microbatches, cluster_file, memory_gib, shard_head)
+    found, cluster, count = _setting(
+        file, devices, microbatches, cluster_file, memory_gib, shard_head
+    )
     if not seconds > 0:
         raise InputError(f"--seconds {seconds:g}: a number above 0 is needed")
     with Reporter() as reporter:
 
         def progress(state: Any) -> None:
-            data = {"best": state.best, "gap": state.gap, "seconds": state.seconds, "limit": seconds}
+            data = {
+                "best": state.best,
+                "gap": state.gap,
+                "seconds": state.seconds,
+                "limit": seconds,
+            }
             reporter.say("planning", data)
 
         answer = search(found, cluster, count, Stop(seconds=seconds), seed=seed, progress=progress)
@@ -263,7 +288,7 @@ def plan(
         out.print(f"{found.model} on {cluster.describe()}, {count} micro-batches", soft_wrap=True)
         for line in answer.explain():
             out.print(line, soft_wrap=True, markup=False)
-        _draw(answer.timeline)
+        draw_timeline(answer.timeline)
     _next(
         f"adaptis simulate {file} {output}, or adaptis compare {file}"
         if output
@@ -280,13 +305,6 @@ def _figures(timeline: Timeline) -> dict[str, Any]:
     }
 
 
-def _draw(timeline: Timeline) -> None:
-    from adaptis.console import out
-    from adaptis.report.text import draw
-
-    out.print(draw(timeline, width=max(60, min(out.width, 160))), markup=False, highlight=False, soft_wrap=True)
-
-
 @app.command()
 def compare(
     file: ProfileFile,
@@ -299,11 +317,17 @@ def compare(
     shard_head: ShardHead = "auto",
     as_json: Json = False,
 ) -> None:
-    """Every schedule beside the plan, with the lower bound. Example: adaptis compare profile.json --devices 4"""
-    from adaptis.comparison import compare_all
-    from adaptis.console import out, seconds as text, size, table
+    """Every schedule beside the plan, with the lower bound.
 
-    found, cluster, count = _setting(file, devices, microbatches, cluster_file, memory_gib, shard_head)
+    Example: adaptis compare profile.json --devices 4
+    """
+    from adaptis.comparison import compare_all
+    from adaptis.console import out, size, table
+    from adaptis.console import seconds as text
+
+    found, cluster, count = _setting(
+        file, devices, microbatches, cluster_file, memory_gib, shard_head
+    )
     result = compare_all(found, cluster, count, search_seconds=seconds, seed=seed)
     if _emit(result, as_json):
         return
@@ -338,11 +362,17 @@ def simulate(
     plan_file: PlanFile,
     cluster_file: ClusterFile = None,
     memory_gib: Memory = None,
-    timeline: Annotated[Path | None, typer.Option("-o", "--output", help="Where to write the timeline.")] = None,
+    timeline: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Where to write the timeline.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Step time, idle time by cause, memory, per device. Example: adaptis simulate profile.json plan.json"""
+    """Step time, idle time by cause, memory, per device.
+
+    Example: adaptis simulate profile.json plan.json
+    """
     from adaptis.comparison import within_memory
+    from adaptis.console import show_timeline
     from adaptis.files import write_json
     from adaptis.plan import load_plan
     from adaptis.search import lower_bounds
@@ -351,10 +381,17 @@ def simulate(
 
     loaded = load_plan(plan_file)
     found, cluster, _ = _setting(
-        file, None if cluster_file else loaded.num_devices, loaded.num_microbatches, cluster_file, memory_gib
+        file,
+        None if cluster_file else loaded.num_devices,
+        loaded.num_microbatches,
+        cluster_file,
+        memory_gib,
     )
     if cluster.num_devices != loaded.num_devices:
-        raise InputError(f"{plan_file} is for {loaded.num_devices} devices, {cluster_file} has {cluster.num_devices}")
+        raise InputError(
+            f"{plan_file} is for {loaded.num_devices} devices, {cluster_file} has "
+            f"{cluster.num_devices}"
+        )
     answer = simulate_plan(loaded, found, cluster)
     bound = lower_bounds(found, cluster, loaded.num_microbatches).value
     if timeline is not None:
@@ -366,36 +403,17 @@ def simulate(
         "busy_seconds": answer.summary()["busy_seconds"],
     }
     if not _emit(result, as_json):
-        _show_timeline(answer, loaded.num_microbatches, cluster.describe(), bound)
+        show_timeline(answer, loaded.num_microbatches, cluster.describe(), bound)
     within_memory(answer, cluster)
     _next(f"adaptis simulate {file} {plan_file} -o timeline.json && adaptis report timeline.json")
 
 
-def _show_timeline(answer: Timeline, count: int, assumed: str, bound: float) -> None:
-    from adaptis.console import out, seconds, size, table
-    from adaptis.timeline import CAUSES
-
-    out.print(f"{answer.name}: {assumed}, {count} micro-batches", soft_wrap=True)
-    bubbles, busy = answer.bubbles(), answer.busy()
-    table(
-        f"step {seconds(answer.step)}, bubble {answer.bubble_fraction:.1%}, {answer.step / bound - 1:.1%} above the bound",
-        ("device", "busy", *CAUSES, "peak memory"),
-        [
-            (
-                str(d),
-                seconds(busy[d]),
-                *(seconds(bubbles[d][cause]) for cause in CAUSES),
-                size(answer.peak_bytes[d]) if answer.peak_bytes else "",
-            )
-            for d in range(answer.num_devices)
-        ],
-    )
-    _draw(answer)
-
-
 @app.command()
 def check(plan_file: PlanFile, as_json: Json = False) -> None:
-    """Prove a plan, or say exactly what is wrong. Example: adaptis check plan.json"""
+    """Prove a plan, or say exactly what is wrong.
+
+    Example: adaptis check plan.json
+    """
     from adaptis.check import Semantics
     from adaptis.check import check as prove
     from adaptis.console import out
@@ -418,8 +436,10 @@ def check(plan_file: PlanFile, as_json: Json = False) -> None:
     }
     if not _emit(result, as_json):
         out.print(
-            f"{plan_file}: proven. {proof.num_instructions} instructions, {proof.num_transfers} transfers: each "
-            f"computation once, each value written before it is read, sends and receives in order, no deadlock.",
+            f"{plan_file}: proven. {proof.num_instructions} instructions, {proof.num_transfers} "
+            f"transfers: each "
+            f"computation once, each value written before it is read, sends and receives in "
+            f"order, no deadlock.",
             soft_wrap=True,
         )
     _next(f"adaptis train --plan {plan_file} CONFIG")
@@ -429,19 +449,25 @@ def check(plan_file: PlanFile, as_json: Json = False) -> None:
 def train(
     context: typer.Context,
     config: Annotated[Path | None, typer.Argument(help="A training file in TOML.")] = None,
-    plan_file: Annotated[str | None, typer.Option("--plan", help="A plan file; default: plan first.")] = None,
-    resume: Annotated[bool, typer.Option(help="Continue from the newest checkpoint in the run's folder.")] = False,
+    plan_file: Annotated[
+        str | None, typer.Option("--plan", help="A plan file; default: plan first.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Continue from the newest checkpoint in the run's folder.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train, by itself or under torchrun. Example: adaptis train train.toml --train.steps 50
+    """Train, by itself or under torchrun.
+
+    Example: adaptis train train.toml --train.steps 50
 
     Every key of the training file can be given as --section.key value.
     """
-    from adaptis.config import load_config
+    from adaptis.config import load_config, parse_overrides
     from adaptis.console import Reporter, out, seconds
     from adaptis.jobs import train_config
 
-    overrides = _overrides(context.args)
+    overrides = parse_overrides(context.args)
     if plan_file is not None:
         overrides["train.plan"] = json.dumps(plan_file)
     if resume:
@@ -461,33 +487,19 @@ def train(
     _next(f"adaptis report {loaded.train.folder}/timeline.json -o report.html")
 
 
-def _overrides(words: Sequence[str]) -> dict[str, str]:
-    """`--section.key value` and `--section.key=value` as a dictionary."""
-    result: dict[str, str] = {}
-    left = list(words)
-    while left:
-        word = left.pop(0)
-        if not word.startswith("--"):
-            raise InputError(f"{word}: unexpected; options of the training file are given as --section.key value")
-        key, equals, value = word[2:].partition("=")
-        if not equals:
-            if not left or left[0].startswith("--"):
-                raise InputError(f"{word}: a value is missing")
-            value = left.pop(0)
-        result[key] = value
-    return result
-
-
 @app.command()
 def report(
     timelines: Annotated[list[Path], typer.Argument(metavar="TIMELINE...", help="Timeline files.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help=".html, .svg, .json (Chrome trace) or .txt.")] = Path(
-        "report.html"
-    ),
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help=".html, .svg, .json (Chrome trace) or .txt.")
+    ] = Path("report.html"),
     title: Annotated[str, typer.Option(help="The heading.")] = "Timelines",
     as_json: Json = False,
 ) -> None:
-    """Draw timelines. Example: adaptis report predicted.json measured.json -o report.html"""
+    """Draw timelines.
+
+    Example: adaptis report predicted.json measured.json -o report.html
+    """
     from adaptis.files import write_text
     from adaptis.report import chrome, html, svg, text
     from adaptis.timeline import load_timeline
@@ -502,8 +514,13 @@ def report(
         raise InputError(f"-o {output}: a name that ends in {', '.join(renderers)} is needed")
     loaded = [load_timeline(path) for path in timelines]
     write_text(output, renderers[output.suffix](loaded))
-    _emit({"output": str(output), "timelines": [timeline.summary() for timeline in loaded]}, as_json)
-    hints = {".html": "open it in a browser", ".json": "open it in ui.perfetto.dev or chrome://tracing"}
+    _emit(
+        {"output": str(output), "timelines": [timeline.summary() for timeline in loaded]}, as_json
+    )
+    hints = {
+        ".html": "open it in a browser",
+        ".json": "open it in ui.perfetto.dev or chrome://tracing",
+    }
     _next(f"{output}: {hints.get(output.suffix, 'look at it')}")
 
 

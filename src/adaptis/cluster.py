@@ -1,7 +1,7 @@
 """What a model is trained on: devices, and the links between them.
 
-Without a description devices are equal, memory is unlimited and transfers are free; whoever prints a result
-says so. Speeds are relative to the machine that the profile was measured on.
+Without a description devices are equal, memory is unlimited and transfers are free; whoever prints
+a result says so. Speeds are relative to the machine that the profile was measured on.
 """
 
 from __future__ import annotations

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 def compare_all(
     profile: Profile, cluster: Cluster, num_microbatches: int, *, search_seconds: float, seed: int
 ) -> dict[str, Any]:
-    """The baselines in the order of their table, then `adaptis`; what does not apply, with the reason."""
+    """The baselines in the order of their table, then `adaptis`.
+
+    What does not apply, with the reason.
+    """
     rows, refused = [], {}
     for name, make in BASELINES.items():
         try:
@@ -62,7 +65,8 @@ def within_memory(timeline: Timeline, cluster: Cluster) -> None:
     if lacking:
         missing, device = lacking[0]
         raise InfeasibleError(
-            f"device {device} would need {timeline.peak_bytes[device] / 2**30:.3f} GiB at its peak, "
+            f"device {device} would need {timeline.peak_bytes[device] / 2**30:.3f} GiB at its "
+            f"peak, "
             f"{missing / 2**30:.3f} GiB more than it has; plan with --memory-gib",
             device,
             int(missing),

@@ -1,7 +1,7 @@
 """The training file: TOML into typed, frozen sections, with `--section.key value` on top.
 
-The dataclasses below are the one schema: their fields are the keys, their defaults the defaults. Unknown keys and
-wrong types are refused by name.
+The dataclasses below are the one schema: their fields are the keys, their defaults the defaults.
+Unknown keys and wrong types are refused by name.
 """
 
 from __future__ import annotations
@@ -9,16 +9,21 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from adaptis.errors import InputError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSection:
     """What is trained."""
 
-    preset: str = "demo-hybrid"  # a preset's name, or the path of a preset or of a Hugging Face config.json
+    preset: str = (
+        "demo-hybrid"  # a preset's name, or the path of a preset or of a Hugging Face config.json
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,20 +88,26 @@ def load_config(path: str | Path | None, overrides: dict[str, str] | None = None
         try:
             value = tomllib.loads(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
-            raise InputError(f"{path}: cannot be read ({error.strerror}); give a training file in TOML") from None
+            raise InputError(
+                f"{path}: cannot be read ({error.strerror}); give a training file in TOML"
+            ) from None
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: is no TOML: {error}") from None
     for key, text in (overrides or {}).items():
         section, dot, name = key.partition(".")
         if not dot:
-            raise InputError(f"--{key}: no such option; keys of the training file are given as --section.key")
+            raise InputError(
+                f"--{key}: no such option; keys of the training file are given as --section.key"
+            )
         entries = value.setdefault(section, {})
         if isinstance(entries, dict):
             entries[name] = _parsed(text)
     where = str(path) if path is not None else "the options"
     unknown = sorted(value.keys() - _SECTIONS.keys())
     if unknown:
-        raise InputError(f"{where}: unknown section [{unknown[0]}]; there are {', '.join(_SECTIONS)}")
+        raise InputError(
+            f"{where}: unknown section [{unknown[0]}]; there are {', '.join(_SECTIONS)}"
+        )
     return Config(**{name: _section(name, value.get(name, {}), where) for name in _SECTIONS})
 
 
@@ -115,12 +126,13 @@ def _section(name: str, value: object, where: str) -> Any:
     hints = get_type_hints(kind)
     known = [f.name for f in fields(kind)]
     result = {}
-    for key, item in value.items():
+    for key, given in value.items():
         if key not in known:
-            raise InputError(f"{where}: unknown key {key!r} in [{name}]; there are {', '.join(known)}")
+            raise InputError(
+                f"{where}: unknown key {key!r} in [{name}]; there are {', '.join(known)}"
+            )
         wanted = hints[key]
-        if wanted is float and type(item) is int:
-            item = float(item)
+        item = float(given) if wanted is float and type(given) is int else given
         if type(item) is not wanted:
             raise InputError(f"{where}: {name}.{key} is {item!r}, {_KINDS[wanted]} is needed")
         least = _LEAST.get((name, key))
@@ -128,3 +140,22 @@ def _section(name: str, value: object, where: str) -> Any:
             raise InputError(f"{where}: {name}.{key} is {item}, at least {least} is needed")
         result[key] = item
     return kind(**result)
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, str]:
+    """`--section.key value` and `--section.key=value` as a dictionary."""
+    result: dict[str, str] = {}
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        if not word.startswith("--"):
+            raise InputError(
+                f"{word}: unexpected; options of the training file are given as --section.key value"
+            )
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not left or left[0].startswith("--"):
+                raise InputError(f"{word}: a value is missing")
+            value = left.pop(0)
+        result[key] = value
+    return result

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from types import TracebackType
 
+    from adaptis.profile import Profile
+    from adaptis.timeline import Timeline
+
 out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
 
@@ -42,7 +45,10 @@ class Reporter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._live:
             self._progress.stop()
@@ -77,7 +83,9 @@ class Reporter:
                 note = f"loss {data['loss']:.3f}"
                 if "seconds" in data:
                     note += f", {data['seconds'] * 1e3:.0f} ms"
-                self.update(f"training {name}" if name else "training", data["step"], data["steps"], note)
+                self.update(
+                    f"training {name}" if name else "training", data["step"], data["steps"], note
+                )
             case "resumed":
                 self.line(f"resumed from {data['checkpoint']} at step {data['step']}")
 
@@ -113,3 +121,66 @@ def size(num_bytes: float) -> str:
             break
         num_bytes /= 1024
     return f"{num_bytes:.4g} {unit}"
+
+
+def show_profile(found: Profile) -> None:
+    """A profile as a table of its layers."""
+    table(
+        found.model,
+        ("layer", "kind", "F", "B", "I", "W", "state", "kept"),
+        [
+            (
+                layer.name,
+                layer.kind,
+                seconds(layer.forward),
+                seconds(layer.backward),
+                seconds(layer.backward_input),
+                seconds(layer.backward_weight),
+                size(layer.state_bytes),
+                size(layer.saved_bytes),
+            )
+            for layer in found.layers
+        ],
+    )
+    split = sum(layer.backward_input + layer.backward_weight for layer in found.layers)
+    fused = sum(layer.backward for layer in found.layers)
+    extra = found.overheads
+    out.print(
+        f"I + W is {split / fused:.3f} of B; each instruction adds {seconds(extra.forward)} (F), "
+        f"{seconds(extra.backward)} (B)"
+    )
+
+
+def show_timeline(answer: Timeline, count: int, assumed: str, bound: float) -> None:
+    """Idle time by cause and memory per device, then the drawing."""
+    from adaptis.timeline import CAUSES
+
+    out.print(f"{answer.name}: {assumed}, {count} micro-batches", soft_wrap=True)
+    bubbles, busy = answer.bubbles(), answer.busy()
+    table(
+        f"step {seconds(answer.step)}, bubble {answer.bubble_fraction:.1%}, "
+        f"{answer.step / bound - 1:.1%} above the bound",
+        ("device", "busy", *CAUSES, "peak memory"),
+        [
+            (
+                str(d),
+                seconds(busy[d]),
+                *(seconds(bubbles[d][cause]) for cause in CAUSES),
+                size(answer.peak_bytes[d]) if answer.peak_bytes else "",
+            )
+            for d in range(answer.num_devices)
+        ],
+    )
+    draw_timeline(answer)
+
+
+def draw_timeline(timeline: Timeline) -> None:
+    """The timeline as text, as wide as the terminal."""
+    from adaptis.report.text import draw
+
+    out.print(
+        draw(timeline, width=max(60, min(out.width, 160))),
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )

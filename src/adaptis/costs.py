@@ -1,7 +1,7 @@
 """What each stage costs on its device: a profile, a cut and a cluster, multiplied out once.
 
-`StageCosts` holds arrays over stages, the form that the kernels and the search read; a `Profile` is never looked
-at inside a loop.
+`StageCosts` holds arrays over stages, the form that the kernels and the search read; a `Profile`
+is never looked at inside a loop.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class StageCosts:
     receive: float  # and the receiver
     static_bytes: Floats  # (D,) parameters, gradients and optimizer
     update: Floats  # (D,) seconds of the optimizer's step
-    shared: tuple[tuple[tuple[int, ...], float], ...]  # devices that sum a shared gradient, and its seconds
+    shared: tuple[
+        tuple[tuple[int, ...], float], ...
+    ]  # devices that sum a shared gradient, and its seconds
 
     @property
     def num_devices(self) -> int:
@@ -59,13 +61,17 @@ def price(stages: Sequence[Stage], profile: Profile, cluster: Cluster) -> StageC
     extra = profile.overheads
 
     def total(name: str) -> Floats:
-        prefix = np.concatenate([[0.0], np.cumsum([getattr(layer, name) for layer in profile.layers])])
+        prefix = np.concatenate(
+            [[0.0], np.cumsum([getattr(layer, name) for layer in profile.layers])]
+        )
         return np.array([prefix[stage.stop] - prefix[stage.start] for stage in stages])
 
     recompute = np.array([stage.recompute for stage in stages])
     forward = (total("forward") + extra.forward) * slowness
     saved = total("saved_bytes")
-    inputs = np.array([profile.layers[s.start - 1].output_bytes if s.start else 0 for s in stages], dtype=float)
+    inputs = np.array(
+        [profile.layers[s.start - 1].output_bytes if s.start else 0 for s in stages], dtype=float
+    )
     hops = [
         _hop(cluster, stages, profile.layers[stage.stop - 1].output_bytes, s, s + 1)
         for s, stage in enumerate(stages)
@@ -93,8 +99,10 @@ def price(stages: Sequence[Stage], profile: Profile, cluster: Cluster) -> StageC
     )
 
 
-def _hop(cluster: Cluster, stages: Sequence[Stage], size: float, s: int, other: int) -> tuple[float, float]:
-    """How long the link between two neighbouring stages is busy with `size` bytes, and its latency."""
+def _hop(
+    cluster: Cluster, stages: Sequence[Stage], size: float, s: int, other: int
+) -> tuple[float, float]:
+    """How long `size` bytes keep the link between two neighbours busy, and its latency."""
     if not 0 <= other < len(stages) or stages[s].device == stages[other].device:
         return 0.0, 0.0
     link = cluster.link(stages[s].device, stages[other].device)
@@ -110,11 +118,17 @@ def _per_device(cluster: Cluster, stages: Sequence[Stage], values: Floats) -> Fl
 def _shared(
     profile: Profile, stages: Sequence[Stage], cluster: Cluster
 ) -> tuple[tuple[tuple[int, ...], float], ...]:
-    """Each parameter that layers on different devices share: both ways over the slowest of their links."""
+    """Each parameter that layers on different devices share.
+
+    Both ways over the slowest of their links.
+    """
     result = []
     for shared in profile.shared:
         owners = {
-            stage.device for stage in stages for layer in shared.layers if stage.start <= layer < stage.stop
+            stage.device
+            for stage in stages
+            for layer in shared.layers
+            if stage.start <= layer < stage.stop
         }
         if len(owners) > 1:
             first, *others = sorted(owners)

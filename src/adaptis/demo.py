@@ -1,15 +1,15 @@
 """The main job: two real models, measured, planned, trained under several plans, and shown.
 
-For each model the contestants train side by side in the same two processes, step by step in turn, on the same text
-from the same weights; a plain single process trains it too, and the losses must agree. What comes out is one folder:
-a report to open, a picture, a trace, and every plan, profile and timeline as JSON.
+For each model the contestants train side by side in the same two processes, step by step in turn,
+on the same text from the same weights; a plain single process trains it too, and the losses must
+agree. What comes out is one folder: a report to open, a picture, a trace, and every plan, profile
+and timeline as JSON.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from adaptis.timeline import timeline_from_json, timeline_to_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from adaptis.cluster import Cluster
     from adaptis.plan import Plan
@@ -65,7 +66,10 @@ class Entry:
 
     @property
     def error(self) -> float:
-        """How far the prediction is off, relative to the measurement; negative: predicted too short."""
+        """How far the prediction is off, relative to the measurement; negative.
+
+        Predicted too short.
+        """
         return self.predicted.step / self.measured_step - 1
 
 
@@ -80,7 +84,7 @@ class Outcome:
     entries: tuple[Entry, ...]
 
     def loss_difference(self) -> float:
-        """The largest relative difference between a contestant's loss and plain training's, over all steps."""
+        """The largest relative difference of any contestant's loss from plain training's."""
         return max(
             abs(loss - expected) / abs(expected)
             for entry in self.entries
@@ -135,7 +139,9 @@ def contestants(
     return [*plans, answer.plan]
 
 
-def run_model(preset: str, settings: Settings, say: Callable[[str, dict[str, Any]], None]) -> Outcome:
+def run_model(
+    preset: str, settings: Settings, say: Callable[[str, dict[str, Any]], None]
+) -> Outcome:
     """One model's contest, in processes of its own."""
     from adaptis.execute.contest import Contest, contest_rank
     from adaptis.execute.data import TextBatches
@@ -189,15 +195,20 @@ def write_outputs(outcomes: list[Outcome], folder: Path) -> dict[str, Any]:
             write_json(base.with_name(f"{base.name}.plan.json"), plan_to_json(entry.plan))
             for timeline in (entry.predicted, entry.measured):
                 write_json(
-                    base.with_name(f"{base.name}.{timeline.source}.json"), timeline_to_json(timeline)
+                    base.with_name(f"{base.name}.{timeline.source}.json"),
+                    timeline_to_json(timeline),
                 )
         pictures += _labelled(outcome)
         before, after = outcome.entries[0].measured, outcome.entries[-1].measured
         title = f"{outcome.profile.model}: one training step, measured"
-        write_text(folder / outcome.preset / "before-and-after.svg", svg.render([before, after], title))
+        write_text(
+            folder / outcome.preset / "before-and-after.svg", svg.render([before, after], title)
+        )
     summary = {"models": [outcome.summary() for outcome in outcomes]}
     write_json(folder / "summary.json", summary)
-    write_text(folder / "report.html", html.render(pictures, "AdaPtis demo", _facts(outcomes, folder)))
+    write_text(
+        folder / "report.html", html.render(pictures, "AdaPtis demo", _facts(outcomes, folder))
+    )
     write_text(folder / "trace.json", chrome.render(pictures))
     return summary
 
@@ -215,7 +226,16 @@ def _labelled(outcome: Outcome) -> list[Timeline]:
     return result
 
 
-COLUMNS = ("contestant", "predicted", "measured", "error", "bubble pred.", "bubble meas.", "peak pred.", "speed-up")
+COLUMNS = (
+    "contestant",
+    "predicted",
+    "measured",
+    "error",
+    "bubble pred.",
+    "bubble meas.",
+    "peak pred.",
+    "speed-up",
+)
 
 
 def rows(outcome: Outcome) -> list[tuple[str, ...]]:
@@ -250,13 +270,21 @@ def verdict(outcome: Outcome) -> str:
 def _facts(outcomes: list[Outcome], folder: Path) -> dict[str, Any]:
     return {
         "tables": [
-            {"title": f"{o.preset} ({o.profile.model})", "columns": list(COLUMNS), "rows": [list(r) for r in rows(o)]}
+            {
+                "title": f"{o.preset} ({o.profile.model})",
+                "columns": list(COLUMNS),
+                "rows": [list(r) for r in rows(o)],
+            }
             for o in outcomes
         ],
         "notes": [verdict(outcome) for outcome in outcomes]
-        + [f"{o.preset}: {o.cluster.describe()}; {o.profile.source}; {o.profile.machine}" for o in outcomes],
+        + [
+            f"{o.preset}: {o.cluster.describe()}; {o.profile.source}; {o.profile.machine}"
+            for o in outcomes
+        ],
         "commands": [
             f"adaptis compare {folder}/{outcomes[0].preset}/profile.json",
-            f"adaptis simulate {folder}/{outcomes[0].preset}/profile.json {folder}/{outcomes[0].preset}/adaptis.plan.json",
+            f"adaptis simulate {folder}/{outcomes[0].preset}/profile.json "
+            f"{folder}/{outcomes[0].preset}/adaptis.plan.json",
         ],
     }

@@ -1,7 +1,7 @@
 """Every error that a user can cause, as one tree.
 
-Each message says what was found, what was needed and what to do, in one sentence; the command line prints
-it as it is and exits with the class's status: 1 is a clear "no", 2 is bad input. ::
+Each message says what was found, what was needed and what to do, in one sentence; the command line
+prints it as it is and exits with the class's status: 1 is a clear "no", 2 is bad input. ::
 
     Error (2)
     ├── InputError (2)          a file, flag or configuration that cannot be read

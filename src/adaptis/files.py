@@ -1,8 +1,8 @@
 """Reading and writing the files that people share: strict JSON, and nothing else.
 
-Files are untrusted input. Duplicate keys, unknown keys, NaN, wrong types and oversized files are refused with
-one sentence that names the file and the key; nothing read here can run code. What the values mean is the
-business of the type that asks for them.
+Files are untrusted input. Duplicate keys, unknown keys, NaN, wrong types and oversized files are
+refused with one sentence that names the file and the key; nothing read here can run code. What the
+values mean is the business of the type that asks for them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 MAX_FILE_BYTES = 1 << 30
 _MISSING = object()
-_NAMES = {dict: "an object", list: "a list", str: "a string", int: "an integer", bool: "true or false"}
+_NAMES = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    int: "an integer",
+    bool: "true or false",
+}
 
 
 def read_json(path: str | Path, what: str = "file") -> dict[str, Any]:
@@ -32,7 +38,9 @@ def read_json(path: str | Path, what: str = "file") -> dict[str, Any]:
     try:
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
-            raise InputError(f"{path}: {size} bytes is too large for a {what} (at most {MAX_FILE_BYTES})")
+            raise InputError(
+                f"{path}: {size} bytes is too large for a {what} (at most {MAX_FILE_BYTES})"
+            )
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise InputError(f"{path}: no such {what}; check the path") from None
@@ -57,7 +65,9 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
         return result
 
     def refuse(constant: str) -> float:
-        raise InputError(f"{where}: {constant} is not a number that JSON knows; give a finite number")
+        raise InputError(
+            f"{where}: {constant} is not a number that JSON knows; give a finite number"
+        )
 
     try:
         value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
@@ -143,9 +153,7 @@ class Fields:
             return cast("int", default)
         value = self.take(key, int)
         if not least <= value < 1 << 62:
-            raise InputError(
-                f"{self.where}: {key!r} is {value}, an integer >= {least} is needed"
-            )
+            raise InputError(f"{self.where}: {key!r} is {value}, an integer >= {least} is needed")
         return value
 
     def objects(self, key: str) -> Iterator[Fields]:
@@ -168,7 +176,10 @@ class Fields:
     def done(self) -> None:
         """Refuse the keys that nobody took."""
         if self._left:
-            raise InputError(f"{self.where}: unknown key {sorted(self._left)[0]!r}; remove it or fix its spelling")
+            raise InputError(
+                f"{self.where}: unknown key {sorted(self._left)[0]!r}; remove it or fix its "
+                f"spelling"
+            )
 
 
 def _name_of(value: object) -> str:
@@ -176,4 +187,5 @@ def _name_of(value: object) -> str:
         return "null"
     if isinstance(value, float):
         return "a fraction"
-    return _NAMES.get(type(value), type(value).__name__)
+    kind: type = type(value)
+    return _NAMES.get(kind, kind.__name__)

@@ -1,6 +1,7 @@
 """What the verbs do that need torch: measure or compute a profile, train from a training file.
 
-Each function takes what the command line was given and returns what it prints; torch is imported when they run.
+Each function takes what the command line was given and returns what it prints; torch is imported
+when they run.
 """
 
 from __future__ import annotations
@@ -100,7 +101,10 @@ def compute_profile(
         raise InputError(f"--analytic {accelerator}: one of {', '.join(ACCELERATORS)} is needed")
     recipe = read_preset(preset)
     return analytic_profile(
-        recipe.model(), ACCELERATORS[accelerator], sequence or recipe.sequence, batch_size or recipe.batch_size
+        recipe.model(),
+        ACCELERATORS[accelerator],
+        sequence or recipe.sequence,
+        batch_size or recipe.batch_size,
     )
 
 

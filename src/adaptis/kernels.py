@@ -1,7 +1,8 @@
 """The hot loops, over plain arrays, compiled once and cached.
 
-Called by `simulate` and by the search, which lower the typed objects to arrays. Nothing here is checked: callers
-pass arrays that describe a program, and a program that cannot finish is reported by the count of what ran.
+Called by `simulate` and by the search, which lower the typed objects to arrays. Nothing here is
+checked: callers pass arrays that describe a program, and a program that cannot finish is reported
+by the count of what ran.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ def replay(
 ) -> int:
     """Run each device's rows in order, as early as possible; returns how many rows could run.
 
-    A device goes on until it waits for a row of another device, and is taken up again when that row is done: each
-    row is looked at twice at most, so the cost is linear.
+    A device goes on until it waits for a row of another device, and is taken up again when that
+    row is done: each row is looked at twice at most, so the cost is linear.
     """
     num_devices = len(offsets) - 1
     n = len(needs)

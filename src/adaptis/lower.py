@@ -1,9 +1,10 @@
-"""Decisions become instructions: `lower(plan)` adds every transfer, recomputation and step to the computations.
+"""Decisions become instructions: `lower(plan)` adds transfers, recomputations and the step.
 
-Schedules and plans name computations only. A value is sent right after it is written; a receive is posted
-`LOOKAHEAD` computations before the one that reads the value, so that the transfer runs beside computation with a
-bounded number of buffers. On each directed link the receives keep the order of the sends: NCCL matches in order
-and without tags, so an order mistake cannot swap two values. ::
+Schedules and plans name computations only. A value is sent right after it is written; a receive is
+posted `LOOKAHEAD` computations before the one that reads the value, so that the transfer runs
+beside computation with a bounded number of buffers. On each directed link the receives keep the
+order of the sends: NCCL matches in order and without tags, so an order mistake cannot swap two
+values. ::
 
     device 0 | 0F0  0SEND_F0  0F1  0SEND_F1 ...
     device 1 | 1RECV_F0  1RECV_F1  1F0  1F1 ...
@@ -30,7 +31,8 @@ def lower(plan: Plan) -> Program:
     """The program of `plan`: what both interpreters run.
 
     Raises:
-        ProgramError: a computation names a stage that does not exist or that its device does not hold.
+        ProgramError: a computation names a stage that does not exist or that its device does not
+        hold.
     """
     placement = plan.placement
     recomputed = frozenset(s for s, stage in enumerate(plan.stages) if stage.recompute)
@@ -117,7 +119,8 @@ def _receives(
     for (source, target), values in channels.items():
         if target != device:
             continue
-        # Walk back from the last value: none may be posted later than one that follows it on the link.
+        # Walk back from the last value: none may be posted later than one that follows it on the
+        # link.
         latest = len(order) - 1
         posts = []
         for value in reversed(values):

@@ -1,7 +1,7 @@
 """What is trained: an ordered chain of named layers.
 
-This module knows nothing about tensors. `measure` knows how to build the layers; everything between the
-profile and the program only needs their number, names and kinds.
+This module knows nothing about tensors. `measure` knows how to build the layers; everything
+between the profile and the program only needs their number, names and kinds.
 """
 
 from __future__ import annotations
@@ -26,6 +26,6 @@ class Layer:
 
 
 def fingerprint(layers: Iterable[tuple[str, str]]) -> str:
-    """A short id of a chain, from the (name, kind) of its layers, to tell plans for other models apart."""
+    """A short id of a chain of (name, kind), to tell plans for other models apart."""
     text = "\n".join(f"{name}\t{kind}" for name, kind in layers)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,7 +1,8 @@
 """Every decision, and nothing that follows from it.
 
-A `Plan` says which layers form a stage (partition), on which device each stage runs (placement), what is
-recomputed, and in which order each device computes (schedule). Its file is enough for anyone to simulate it again.
+A `Plan` says which layers form a stage (partition), on which device each stage runs (placement),
+what is recomputed, and in which order each device computes (schedule). Its file is enough for
+anyone to simulate it again.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Plan:
     schedule: str = "custom"  # a name of SCHEDULES, "list" or "custom"
     model: str = ""
     fingerprint: str = ""  # of the chain of layers; empty: not bound to one
-    provenance: dict[str, Any] = field(default_factory=dict)  # predicted figures, seed, cluster: for readers
+    provenance: dict[str, Any] = field(
+        default_factory=dict
+    )  # predicted figures, seed, cluster: for readers
 
     @property
     def num_devices(self) -> int:
@@ -82,12 +85,14 @@ class Plan:
         """
         if self.num_layers != profile.num_layers:
             raise PlanError(
-                f"the plan covers {self.num_layers} layers{f' of {self.model}' if self.model else ''}, but "
+                f"the plan covers {self.num_layers} "
+                f"layers{f' of {self.model}' if self.model else ''}, but "
                 f"{profile.model} has {profile.num_layers}; make a plan for it with `adaptis plan`"
             )
         if self.fingerprint and self.fingerprint != profile.fingerprint:
             raise PlanError(
-                f"the plan was made for {self.model or 'another model'}, whose layers differ from those of "
+                f"the plan was made for {self.model or 'another model'}, whose layers differ "
+                f"from those of "
                 f"{profile.model}; make a plan for it with `adaptis plan`"
             )
 
@@ -154,7 +159,8 @@ def _covers(plan: Plan, where: str) -> None:
     for index, stage in enumerate(plan.stages):
         if stage.start != expected or stage.stop <= stage.start:
             raise PlanError(
-                f"{where}: stage {index} holds layers [{stage.start}, {stage.stop}), but must start at layer "
+                f"{where}: stage {index} holds layers [{stage.start}, {stage.stop}), but must "
+                f"start at layer "
                 f"{expected} and hold at least one layer"
             )
         expected = stage.stop
@@ -170,7 +176,8 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "num_microbatches": plan.num_microbatches,
         "schedule": plan.schedule,
         "stages": [
-            {"layers": [s.start, s.stop], "device": s.device, "recompute": s.recompute} for s in plan.stages
+            {"layers": [s.start, s.stop], "device": s.device, "recompute": s.recompute}
+            for s in plan.stages
         ],
         "programs": [[str(c) for c in order] for order in plan.programs],
         "provenance": plan.provenance,

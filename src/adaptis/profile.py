@@ -1,13 +1,15 @@
 """What each layer costs: data only, whoever found it out.
 
-One micro-batch of `tokens_per_microbatch` tokens is the unit. The least a file must hold is a name, a kind and
-three times per layer; what is absent is 0, and the time of a fused backward is the sum of its halves unless it
-was measured by itself (on a CPU, I and W apart can cost more than B).
+One micro-batch of `tokens_per_microbatch` tokens is the unit. The least a file must hold is a
+name, a kind and three times per layer; what is absent is 0, and the time of a fused backward is
+the sum of its halves unless it was measured by itself (on a CPU, I and W apart can cost more than
+B).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from adaptis.errors import ProfileError
@@ -58,7 +60,10 @@ class Overheads:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """One parameter that two layers use (tied embedding and head): its gradients are summed each step."""
+    """One parameter that two layers use (tied embedding and head).
+
+    Its gradients are summed each step.
+    """
 
     layers: tuple[int, ...]
     bytes: int
@@ -80,7 +85,9 @@ class Profile:
 
     def __post_init__(self) -> None:
         if not 1 <= len(self.layers) <= MAX_LAYERS:
-            raise ProfileError(f"{self.model}: {len(self.layers)} layers, 1 to {MAX_LAYERS} are needed")
+            raise ProfileError(
+                f"{self.model}: {len(self.layers)} layers, 1 to {MAX_LAYERS} are needed"
+            )
 
     @property
     def num_layers(self) -> int:
@@ -98,15 +105,16 @@ class Profile:
         return sum(layer.kind not in (EMBEDDING, HEAD) for layer in self.layers)
 
     def units(self) -> tuple[tuple[int, int], ...]:
-        """The chain as runs of one block each, the embedding with the first block, the head with the last.
+        """The chain as runs of one block each; embedding and head join the first and the last.
 
-        Today's frameworks count layers this way: their embedding and head come on top of an even split.
+        Today's frameworks count layers this way: their embedding and head come on top of an even
+        split.
         """
         blocks = [i for i, layer in enumerate(self.layers) if layer.kind not in (EMBEDDING, HEAD)]
         if not blocks:
             return tuple((i, i + 1) for i in range(self.num_layers))
         starts = [0, *blocks[1:], self.num_layers]
-        return tuple(zip(starts[:-1], starts[1:], strict=True))
+        return tuple(pairwise(starts))
 
 
 _SECONDS = {
@@ -145,7 +153,9 @@ def profile_from_json(value: dict[str, Any], where: str = "profile") -> Profile:
     for entry in top.objects("shared") if "shared" in value else ():
         indices = tuple(entry.take("layers", list))
         if not all(type(i) is int and 0 <= i < len(layers) for i in indices) or len(indices) < 2:
-            raise ProfileError(f"{entry.where}: 'layers' must list two or more of the layers 0..{len(layers) - 1}")
+            raise ProfileError(
+                f"{entry.where}: 'layers' must list two or more of the layers 0..{len(layers) - 1}"
+            )
         shared.append(Shared(indices, entry.count("bytes")))
         entry.done()
     profile = Profile(
@@ -169,10 +179,18 @@ def _layer(entry: Fields) -> LayerCost:
     layer = LayerCost(
         name=entry.take("name", str),
         kind=entry.take("kind", str),
-        **times,
-        backward=entry.number("backward_seconds", times["backward_input"] + times["backward_weight"]),
+        forward=times["forward"],
+        backward_input=times["backward_input"],
+        backward_weight=times["backward_weight"],
+        backward=entry.number(
+            "backward_seconds", times["backward_input"] + times["backward_weight"]
+        ),
         update=entry.number("update_seconds", 0.0),
-        **sizes,
+        parameter_bytes=sizes["parameter_bytes"],
+        state_bytes=sizes["state_bytes"],
+        saved_bytes=sizes["saved_bytes"],
+        saved_weight_bytes=sizes["saved_weight_bytes"],
+        output_bytes=sizes["output_bytes"],
     )
     entry.done()
     return layer

@@ -1,9 +1,10 @@
 """The instructions: what each means, what it reads and writes, and how it is printed.
 
-One program, two interpreters: the simulator and the executor run the same `Program`. What must have happened
-before an instruction is said once, in `reads` and `writes`; lowering, checking, simulating and executing derive
-everything from these two. The text form is that of PyTorch's pipelining (`2F0`, `0I3`, `2SEND_F0`): a stage, an
-operation, a micro-batch; a `SEND_F` is named by the stage that sends, a `RECV_F` by the stage that receives.
+One program, two interpreters: the simulator and the executor run the same `Program`. What must
+have happened before an instruction is said once, in `reads` and `writes`; lowering, checking,
+simulating and executing derive everything from these two. The text form is that of PyTorch's
+pipelining (`2F0`, `0I3`, `2SEND_F0`): a stage, an operation, a micro-batch; a `SEND_F` is named by
+the stage that sends, a `RECV_F` by the stage that receives.
 
 Not yet in it: offload and reload, vocabulary passes, fused pairs, gather and reduce, slices.
 """
@@ -101,7 +102,8 @@ Instruction = Compute | Send | Receive | Step
 class Program:
     """What each device does, in order.
 
-    `recomputed` says which stages keep only their input from F on: it decides what their F leaves behind.
+    `recomputed` says which stages keep only their input from F on: it decides what their F leaves
+    behind.
     """
 
     devices: tuple[tuple[Instruction, ...], ...]
@@ -153,25 +155,30 @@ def writes(
 ) -> Iterator[Value]:
     """The values that `instruction` leaves on its own device."""
     match instruction:
-        case Compute(op, stage, microbatch):
-            match op:
-                case Op.FORWARD:
-                    kept = Kind.SAVED_INPUT if stage in recomputed else Kind.SAVED
-                    yield Value(kept, stage, microbatch)
-                    if stage < num_stages - 1:
-                        yield Value(Kind.OUTPUT, stage, microbatch)
-                case Op.RECOMPUTE:
-                    yield Value(Kind.SAVED, stage, microbatch)
-                case Op.BACKWARD | Op.BACKWARD_INPUT:
-                    if stage > 0:
-                        yield Value(Kind.INPUT_GRAD, stage, microbatch)
-                    if op is Op.BACKWARD_INPUT:
-                        yield Value(Kind.SAVED_WEIGHT, stage, microbatch)
-                case Op.BACKWARD_WEIGHT:
-                    pass
+        case Compute():
+            yield from _written(instruction, num_stages, recomputed)
         case Receive(value):
             yield value
         case Send() | Step():
+            pass
+
+
+def _written(compute: Compute, num_stages: int, recomputed: frozenset[int]) -> Iterator[Value]:
+    stage, microbatch = compute.stage, compute.microbatch
+    match compute.op:
+        case Op.FORWARD:
+            kept = Kind.SAVED_INPUT if stage in recomputed else Kind.SAVED
+            yield Value(kept, stage, microbatch)
+            if stage < num_stages - 1:
+                yield Value(Kind.OUTPUT, stage, microbatch)
+        case Op.RECOMPUTE:
+            yield Value(Kind.SAVED, stage, microbatch)
+        case Op.BACKWARD | Op.BACKWARD_INPUT:
+            if stage > 0:
+                yield Value(Kind.INPUT_GRAD, stage, microbatch)
+            if compute.op is Op.BACKWARD_INPUT:
+                yield Value(Kind.SAVED_WEIGHT, stage, microbatch)
+        case Op.BACKWARD_WEIGHT:
             pass
 
 
@@ -186,7 +193,10 @@ def parse_compute(text: str) -> Compute:
     """
     match = _COMPUTE.fullmatch(text)
     if match is None:
-        raise ProgramError(f"{text!r} is no instruction: stage, one of F B I W R, micro-batch are needed, as in '2F0'")
+        raise ProgramError(
+            f"{text!r} is no instruction: stage, one of F B I W R, micro-batch are needed, as in "
+            f"'2F0'"
+        )
     return Compute(Op(match[2]), int(match[1]), int(match[3]))
 
 
@@ -195,7 +205,10 @@ def parse_order(words: Iterable[object], where: str) -> tuple[Compute, ...]:
     result = []
     for position, word in enumerate(words):
         if not isinstance(word, str):
-            raise ProgramError(f"{where}, position {position}: {word!r} is no instruction but {type(word).__name__}")
+            raise ProgramError(
+                f"{where}, position {position}: {word!r} is no instruction but "
+                f"{type(word).__name__}"
+            )
         try:
             result.append(parse_compute(word))
         except ProgramError as error:

@@ -1,10 +1,11 @@
 """The performance model: a program, priced, becomes a timeline.
 
-Semantics. An instruction starts when its device is free and what it reads is there. A value starts to travel when
-it was written and its directed link is free, occupies the link for bytes / bandwidth and arrives a latency later;
-computation goes on meanwhile, but for the seconds that sending and receiving cost the two ends. Memory: parameters,
-gradients and optimizer state throughout; activations from F (or R) to B or I; what the weight gradient needs from
-I to W. At the end gradients of shared parameters are summed and the optimizer runs.
+Semantics. An instruction starts when its device is free and what it reads is there. A value starts
+to travel when it was written and its directed link is free, occupies the link for bytes /
+bandwidth and arrives a latency later; computation goes on meanwhile, but for the seconds that
+sending and receiving cost the two ends. Memory: parameters, gradients and optimizer state
+throughout; activations from F (or R) to B or I; what the weight gradient needs from I to W. At the
+end gradients of shared parameters are summed and the optimizer runs.
 
 Known limits: no receive buffers, no workspace, no link shared by two pairs of devices.
 """
@@ -12,6 +13,7 @@ Known limits: no receive buffers, no workspace, no link shared by two pairs of d
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -75,7 +77,9 @@ def make_rows(
 ) -> Rows:
     """Columns with their dependencies: the array form of `program.reads` and `program.writes`."""
     num_stages = len(placement)
-    forward = np.full((num_stages + 2, num_microbatches), -1, dtype=np.int64)  # stage s in row s + 1
+    forward = np.full(
+        (num_stages + 2, num_microbatches), -1, dtype=np.int64
+    )  # stage s in row s + 1
     backward = forward.copy()
     index = np.arange(len(op))
     is_forward, is_backward = op == F, (op == B) | (op == I)
@@ -133,7 +137,9 @@ def simulate(
         arrival,
     )
     if count < len(rows.op):
-        raise ProgramError(f"{len(rows.op) - count} instructions wait for ever; `adaptis check` names them")
+        raise ProgramError(
+            f"{len(rows.op) - count} instructions wait for ever; `adaptis check` names them"
+        )
     memory = _memory(rows, costs, weights, start, end)
     return Timeline(
         name=name,
@@ -156,7 +162,13 @@ def simulate(
 def seconds_of(rows: Rows, costs: StageCosts) -> NDArray[np.float64]:
     """How long each row computes, for a micro-batch of weight 1."""
     table = np.stack(
-        [costs.forward, costs.backward, costs.backward_input, costs.backward_weight, costs.recompute]
+        [
+            costs.forward,
+            costs.backward,
+            costs.backward_input,
+            costs.backward_weight,
+            costs.recompute,
+        ]
     )
     return table[rows.op, rows.stage]
 
@@ -168,15 +180,15 @@ def hops(
     forward = rows.op == F
     travels = rows.reader >= 0
     busy = np.where(forward, costs.forward_busy[rows.stage], costs.backward_busy[rows.stage])
-    latency = np.where(forward, costs.forward_latency[rows.stage], costs.backward_latency[rows.stage])
+    latency = np.where(
+        forward, costs.forward_latency[rows.stage], costs.backward_latency[rows.stage]
+    )
     return np.where(travels, busy * weights, 0.0), np.where(travels, latency, 0.0)
 
 
 def step_seconds(offsets: NDArray[np.int64], end: NDArray[np.float64], costs: StageCosts) -> float:
     """The end of the step: computations, shared gradients, optimizer."""
-    last = np.array(
-        [end[b - 1] if b > a else 0.0 for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
-    )
+    last = np.array([end[b - 1] if b > a else 0.0 for a, b in pairwise(offsets)])
     for devices, seconds in costs.shared:
         last[list(devices)] = last[list(devices)].max() + seconds
     return float((last + costs.update).max())

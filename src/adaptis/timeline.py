@@ -1,8 +1,9 @@
 """When each instruction ran: the answer of both interpreters.
 
-A `Timeline` holds columns, one row an instruction, grouped by device in order of start; prediction and
-measurement are of the same type, so that every picture and every comparison works for both. It knows nothing of
-how the times came about. Idle time has a cause, and each moment of a device's step has exactly one of: busy, or
+A `Timeline` holds columns, one row an instruction, grouped by device in order of start; prediction
+and measurement are of the same type, so that every picture and every comparison works for both. It
+knows nothing of how the times came about. Idle time has a cause, and each moment of a device's
+step has exactly one of: busy, or
 
     warm-up    before its first instruction
     transfer   the value it waits for was on its way
@@ -57,9 +58,11 @@ class Transfer:
 
 @dataclass(frozen=True, eq=False)
 class Timeline:
-    """Columns: row i ran `OPS[op[i]]` of `stage[i]` on `microbatch[i]` from `start[i]` to `end[i]`, seconds.
+    """When each instruction of a step ran, as columns.
 
-    Rows offsets[d] to offsets[d + 1] belong to device d, in the order they ran; the step starts at 0.
+    Row i ran `OPS[op[i]]` of `stage[i]` on `microbatch[i]` from `start[i]` to `end[i]`, seconds.
+    Rows offsets[d] to offsets[d + 1] belong to device d, in the order they ran; the step starts at
+    0.
     """
 
     name: str  # the schedule or plan
@@ -74,7 +77,9 @@ class Timeline:
     end: NDArray[np.float64]
     step: float  # seconds of the whole step, optimizer included
     peak_bytes: tuple[int, ...] = ()  # per device; empty: not known
-    memory: tuple[tuple[NDArray[np.float64], NDArray[np.float64]], ...] = ()  # per device: times, bytes from then on
+    memory: tuple[
+        tuple[NDArray[np.float64], NDArray[np.float64]], ...
+    ] = ()  # per device: times, bytes from then on
     transfers: tuple[Transfer, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
 
@@ -117,10 +122,14 @@ class Timeline:
     def _written(self) -> dict[tuple[Kind, int, int], tuple[int, float]]:
         """Which device wrote each value that can cross devices, and when."""
         device = np.repeat(np.arange(self.num_devices), np.diff(self.offsets))
-        forward, fused, half = (OPS.index(op) for op in (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT))
+        forward, fused, half = (
+            OPS.index(op) for op in (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT)
+        )
         kind = {forward: Kind.OUTPUT, fused: Kind.INPUT_GRAD, half: Kind.INPUT_GRAD}
         columns = zip(self.op, self.stage, self.microbatch, device, self.end, strict=True)
-        return {(kind[o], int(s), int(m)): (int(d), float(e)) for o, s, m, d, e in columns if o in kind}
+        return {
+            (kind[o], int(s), int(m)): (int(d), float(e)) for o, s, m, d, e in columns if o in kind
+        }
 
     def _bubbles(
         self, device: int, written: dict[tuple[Kind, int, int], tuple[int, float]]
@@ -136,7 +145,9 @@ class Timeline:
                     (
                         span.start - max(clock, ready)
                         for value in reads(span.compute, len(self.placement))
-                        for source, ready in [written.get((value.kind, value.stage, value.microbatch), (device, 0.0))]
+                        for source, ready in [
+                            written.get((value.kind, value.stage, value.microbatch), (device, 0.0))
+                        ]
                         if source != device
                     ),
                     default=0.0,
@@ -163,7 +174,10 @@ class Timeline:
 
 
 def timeline_to_json(timeline: Timeline) -> dict[str, Any]:
-    """The JSON form; the inverse of `timeline_from_json`. Memory curves are not kept: replay the plan for them."""
+    """The JSON form; the inverse of `timeline_from_json`. Memory curves are not kept.
+
+    Replay the plan for them.
+    """
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -175,7 +189,8 @@ def timeline_to_json(timeline: Timeline) -> dict[str, Any]:
         "peak_bytes": list(timeline.peak_bytes),
         "notes": timeline.notes,
         "devices": [
-            [[str(s.compute), s.start, s.end] for s in timeline.spans(d)] for d in range(timeline.num_devices)
+            [[str(s.compute), s.start, s.end] for s in timeline.spans(d)]
+            for d in range(timeline.num_devices)
         ],
     }
 
@@ -197,12 +212,16 @@ def timeline_from_json(value: dict[str, Any], where: str = "timeline") -> Timeli
         rows.append([_row(entry, f"{where}: devices[{d}][{i}]") for i, entry in enumerate(entries)])
     placement = top.take("placement", list)
     if not all(type(d) is int and 0 <= d < len(rows) for d in placement):
-        raise InputError(f"{where}: 'placement' must give each stage one of the {len(rows)} devices")
+        raise InputError(
+            f"{where}: 'placement' must give each stage one of the {len(rows)} devices"
+        )
     if any(c.stage >= len(placement) for row in rows for c, _, _ in row):
         raise InputError(f"{where}: an instruction names a stage that 'placement' does not have")
     peak = top.take("peak_bytes", list, [])
     if not all(type(b) is int and b >= 0 for b in peak) or len(peak) not in (0, len(rows)):
-        raise InputError(f"{where}: 'peak_bytes' must hold one number of bytes for each device, or none")
+        raise InputError(
+            f"{where}: 'peak_bytes' must hold one number of bytes for each device, or none"
+        )
     timeline = from_rows(
         rows,
         name=top.take("name", str),
@@ -219,7 +238,9 @@ def timeline_from_json(value: dict[str, Any], where: str = "timeline") -> Timeli
 
 def _row(entry: object, where: str) -> tuple[Compute, float, float]:
     match entry:
-        case [str() as text, (int() | float()) as start, (int() | float()) as end] if 0 <= start <= end:
+        case [str() as text, (int() | float()) as start, (int() | float()) as end] if (
+            0 <= start <= end
+        ):
             return parse_compute(text), float(start), float(end)
     raise InputError(f"{where}: {entry!r} is no [instruction, start, end]")
 

@@ -1,6 +1,7 @@
 """On which data: how many micro-batches a step has, and how they differ.
 
-The profile prices one ordinary micro-batch; a micro-batch of weight 2 takes twice as long and holds twice as much.
+The profile prices one ordinary micro-batch; a micro-batch of weight 2 takes twice as long and
+holds twice as much.
 """
 
 from __future__ import annotations

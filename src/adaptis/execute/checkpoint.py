@@ -2,10 +2,11 @@
 
     run/checkpoints/step-000041/           rank-0.safetensors  rank-1.safetensors  MANIFEST.json
 
-Each rank writes what it owns (a shared parameter belongs to its lowest holder) as `param/NAME`, `buffer/NAME` and
-`optimizer/NAME/KEY`. The files go into a temporary folder; the manifest, with the SHA-256 of the very bytes that were
-written, goes last; then one rename makes the checkpoint exist. Loading verifies every file that it reads, and falls
-back to the newest checkpoint that is whole. Nothing is pickled.
+Each rank writes what it owns (a shared parameter belongs to its lowest holder) as `param/NAME`,
+`buffer/NAME` and `optimizer/NAME/KEY`. The files go into a temporary folder; the manifest, with
+the SHA-256 of the very bytes that were written, goes last; then one rename makes the checkpoint
+exist. Loading verifies every file that it reads, and falls back to the newest checkpoint that is
+whole. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -118,7 +119,10 @@ def _publish(manifest: dict[str, Any], temporary: Path, target: Path, folder: Pa
 
 
 def _owned(session: Session) -> dict[str, Tensor]:
-    """What this rank writes: everything it holds, but shared parameters only at their lowest holder."""
+    """What this rank writes.
+
+    Everything it holds, but shared parameters only at their lowest holder.
+    """
     foreign = {name for name, holders in session.shared if holders[0] != session.world.rank}
     names = {id(p): name for name, p in session.parameters.items()}
     tensors = {f"param/{n}": p.detach() for n, p in session.parameters.items() if n not in foreign}
@@ -127,37 +131,49 @@ def _owned(session: Session) -> dict[str, Tensor]:
         for parameter, state in session.optimizer.state.items():
             name = names[id(parameter)]
             if name not in foreign:
-                tensors |= {f"optimizer/{name}/{key}": torch.as_tensor(value) for key, value in state.items()}
+                tensors |= {
+                    f"optimizer/{name}/{key}": torch.as_tensor(value)
+                    for key, value in state.items()
+                }
     return {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
 
 
 def newest(folder: Path) -> Path:
-    """The newest checkpoint in `folder` whose manifest is whole.
+    """The newest checkpoint in `folder` that is whole to the last bit.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, saying what is wrong with the newest.
     """
-    if (folder / MANIFEST).exists():
-        return folder
-    for candidate in sorted(folder.glob("step-*"), reverse=True):
+    candidates = (
+        [folder] if (folder / MANIFEST).exists() else sorted(folder.glob("step-*"), reverse=True)
+    )
+    first = ""
+    for candidate in candidates:
         try:
-            manifest(candidate)
-        except InputError:
+            _read_all(candidate, manifest(candidate).take("files", list))
+        except InputError as error:
+            first = first or str(error)
             continue
         return candidate
-    raise InputError(f"{folder}: holds no whole checkpoint; train without --resume first")
+    raise InputError(first or f"{folder}: holds no checkpoint; train without --resume first")
 
 
 def manifest(checkpoint: Path) -> Fields:
-    """The verified manifest of a checkpoint; files are checked by size here and by SHA-256 when read.
+    """The verified manifest; files are checked by size here, by SHA-256 when read.
 
     Raises:
         InputError: it is damaged or incomplete.
     """
-    sealed = Fields(read_json(checkpoint / MANIFEST, "checkpoint manifest"), str(checkpoint / MANIFEST))
+    sealed = Fields(
+        read_json(checkpoint / MANIFEST, "checkpoint manifest"), str(checkpoint / MANIFEST)
+    )
     body = sealed.take("manifest", dict)
-    if hashlib.sha256(json.dumps(body, indent=1).encode()).hexdigest() != sealed.take("sha256", str):
-        raise InputError(f"{checkpoint / MANIFEST}: is damaged (its SHA-256 differs); use another checkpoint")
+    if hashlib.sha256(json.dumps(body, indent=1).encode()).hexdigest() != sealed.take(
+        "sha256", str
+    ):
+        raise InputError(
+            f"{checkpoint / MANIFEST}: is damaged: its SHA-256 differs; use another checkpoint"
+        )
     fields = Fields(parse_json(json.dumps(body), str(checkpoint)), str(checkpoint / MANIFEST))
     fields.format(FORMAT, VERSION)
     for file in body["files"]:
@@ -179,7 +195,8 @@ def load(session: Session, checkpoint: Path) -> None:
     missing = sorted(n for n in session.parameters if f"param/{n}" not in tensors)
     if missing:
         raise InputError(
-            f"{checkpoint}: is of {model} and lacks the parameter {missing[0]} of {session.model.name}; "
+            f"{checkpoint}: is of {model} and lacks the parameter {missing[0]} of "
+            f"{session.model.name}; "
             f"resume with the model that was saved"
         )
     with torch.no_grad():
@@ -194,7 +211,8 @@ def load(session: Session, checkpoint: Path) -> None:
 def _copy(target: Tensor, source: Tensor, name: str, checkpoint: Path) -> None:
     if target.shape != source.shape:
         raise InputError(
-            f"{checkpoint}: {name} has shape {tuple(source.shape)}, the model needs {tuple(target.shape)}"
+            f"{checkpoint}: {name} has shape {tuple(source.shape)}, the model needs "
+            f"{tuple(target.shape)}"
         )
     target.copy_(source)
 
@@ -205,7 +223,7 @@ def _read_all(checkpoint: Path, files: list[Any]) -> dict[str, Tensor]:
         path = checkpoint / Path(file["name"]).name
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != file["sha256"]:
-            raise InputError(f"{path}: is damaged (its SHA-256 differs); use another checkpoint")
+            raise InputError(f"{path}: is damaged: its SHA-256 differs; use another checkpoint")
         tensors |= load_tensors(data)
     return tensors
 
@@ -220,4 +238,6 @@ def _load_optimizer(session: Session, tensors: dict[str, Tensor]) -> None:
             states.setdefault(name, {})[item] = tensor
     for name, parameter in session.parameters.items():
         if name in states:
-            session.optimizer.state[parameter] = {key: value.clone() for key, value in states[name].items()}
+            session.optimizer.state[parameter] = {
+                key: value.clone() for key, value in states[name].items()
+            }

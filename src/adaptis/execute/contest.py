@@ -1,7 +1,8 @@
 """Several plans, one model, one run: measured side by side, alternating step by step.
 
-Every contestant trains its own copy of the same weights on the same batches in the same processes; so does a plain
-single process, and the losses must agree. Alternating spreads the machine's noise over all of them alike.
+Every contestant trains its own copy of the same weights on the same batches in the same processes;
+so does a plain single process, and the losses must agree. Alternating spreads the machine's noise
+over all of them alike.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from adaptis.cluster import cluster_to_json
 from adaptis.execute.prepare import measure, share
 from adaptis.execute.reference import Reference
 from adaptis.execute.session import Session
 from adaptis.execute.world import World, seated
 from adaptis.plan import plan_from_json, plan_to_json
 from adaptis.profile import profile_to_json
-from adaptis.cluster import cluster_to_json
 from adaptis.timeline import timeline_to_json
 
 if TYPE_CHECKING:
@@ -102,7 +103,9 @@ def _reference(world: World, model: TorchModel, contest: Contest) -> list[float]
     return losses
 
 
-def _race(world: World, model: TorchModel, plans: list[Plan], contest: Contest) -> list[dict[str, Any]]:
+def _race(
+    world: World, model: TorchModel, plans: list[Plan], contest: Contest
+) -> list[dict[str, Any]]:
     """All contestants, one step of each in turn."""
     world.phase("building stages")
     sessions = [
@@ -122,7 +125,13 @@ def _race(world: World, model: TorchModel, plans: list[Plan], contest: Contest) 
             losses[key].append(result.loss)
             if step >= contest.warmup:
                 timed[key].append(result)
-            world.say("step", name=plans[key].schedule, step=step + 1, steps=contest.steps, loss=result.loss)
+            world.say(
+                "step",
+                name=plans[key].schedule,
+                step=step + 1,
+                steps=contest.steps,
+                loss=result.loss,
+            )
     world.phase("collecting timelines")
     results = []
     for key, session in enumerate(sessions):

@@ -1,7 +1,7 @@
-"""One loop runs any checked program: fetch, wait for what it reads, compute, hand over what it writes.
+"""One loop runs any checked program: wait for what is read, compute, hand over what is written.
 
-The meaning of each instruction is in `measure.compute`, the network in `transport`; here is only the loop, and the
-clock. Recording is always on: two clock readings an instruction.
+The meaning of each instruction is in `measure.compute`, the network in `transport`; here is only
+the loop, and the clock. Recording is always on: two clock readings an instruction.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from adaptis.measure.compute import StageCompute
     from adaptis.measure.stage import Microbatch
 
-Row = tuple[Compute, float, float]  # what ran, from when to when (seconds of the machine's monotonic clock)
+Row = tuple[
+    Compute, float, float
+]  # what ran, from when to when (seconds of the machine's monotonic clock)
 
 
 class Progress(Protocol):
@@ -93,7 +95,11 @@ class Executor:
         return None
 
     def _compute(
-        self, compute: Compute, given: Tensor | None, microbatches: Sequence[Microbatch], weight: float
+        self,
+        compute: Compute,
+        given: Tensor | None,
+        microbatches: Sequence[Microbatch],
+        weight: float,
     ) -> Tensor | None:
         """Do it; returns what goes to another stage."""
         stage, m = self.stages[compute.stage], compute.microbatch

@@ -1,11 +1,12 @@
 """Starting the processes of a run, and watching them from outside `torch.distributed`.
 
-The supervisor is the parent process. It learns of a death from the operating system, not from a network that may
-stay silent for half an hour; it names the rank and the instruction from a few bytes of shared memory that each rank
-keeps up to date; it ends every process before it raises. A process whose parent dies is killed by the kernel, so
-nothing is left behind. ::
+The supervisor is the parent process. It learns of a death from the operating system, not from a
+network that may stay silent for half an hour; it names the rank and the instruction from a few
+bytes of shared memory that each rank keeps up to date; it ends every process before it raises. A
+process whose parent dies is killed by the kernel, so nothing is left behind. ::
 
-    parent ──spawn──▶ rank 0, rank 1, ...      ranks talk to each other over gloo, on the loopback interface only
+    parent ──spawn──▶ rank 0, rank 1, ...      ranks talk to each other over gloo, on the loopback
+    interface only
        ▲──messages───────┘  (say, result, error)
 
 It knows nothing of models or plans.
@@ -36,13 +37,22 @@ if TYPE_CHECKING:
 
 _RECORD = struct.Struct("<qqqq")  # program, step, position, state
 COMPUTING, WAITING = 0, 1
-_SYMPTOMS = ("connection closed by peer", "connection reset", "connection refused", "broken pipe", "gloo")
+_SYMPTOMS = (
+    "connection closed by peer",
+    "connection reset",
+    "connection refused",
+    "broken pipe",
+    "gloo",
+)
 SETTLE = 0.3  # seconds to let the other ranks report before the first cause is named
 STALL = 120.0  # seconds without any progress of any rank
 
 
 class ProgressRecord:
-    """Where one rank stands, in memory that the supervisor reads; a write costs well under a microsecond."""
+    """Where one rank stands, in memory that the supervisor reads.
+
+    A write costs well under a microsecond.
+    """
 
     def __init__(self, path: str | Path, rank: int) -> None:
         with Path(path).open("r+b") as file:
@@ -58,11 +68,15 @@ class ProgressRecord:
     def at(self, position: int) -> None:
         """The instruction at `position` begins."""
         self._position = position
-        _RECORD.pack_into(self._memory, self._offset, self._program, self._step, position, COMPUTING)
+        _RECORD.pack_into(
+            self._memory, self._offset, self._program, self._step, position, COMPUTING
+        )
 
     def waits(self) -> None:
         """It waits for a value of another device."""
-        _RECORD.pack_into(self._memory, self._offset, self._program, self._step, self._position, WAITING)
+        _RECORD.pack_into(
+            self._memory, self._offset, self._program, self._step, self._position, WAITING
+        )
 
     def leave(self) -> None:
         """No program runs now."""
@@ -75,7 +89,9 @@ class _Rank:
     process: BaseProcess
     connection: Connection
     phase: str = "starting"
-    programs: dict[int, list[str]] = field(default_factory=dict)  # id -> what stands at each position
+    programs: dict[int, list[str]] = field(
+        default_factory=dict
+    )  # id -> what stands at each position
     error: dict[str, Any] | None = None
     result: Any = None
     done: bool = False
@@ -142,7 +158,8 @@ def _environment(threads: int) -> Iterator[None]:
         "NUMBA_NUM_THREADS": os.environ.get("NUMBA_NUM_THREADS", str(os.cpu_count() or 1)),
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
         "HF_HUB_OFFLINE": "1",
-        # Large activations come and go each micro-batch: keep their pages instead of asking the kernel anew.
+        # Large activations come and go each micro-batch: keep their pages instead of asking the
+        # kernel anew.
         "MALLOC_MMAP_THRESHOLD_": "2000000000",
         "MALLOC_TRIM_THRESHOLD_": "-1",
     }
@@ -158,16 +175,24 @@ def _environment(threads: int) -> Iterator[None]:
                 os.environ[key] = value
 
 
-def _child(seat: Seat, connection: Connection, parent: int, target: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _child(
+    seat: Seat,
+    connection: Connection,
+    parent: int,
+    target: Callable[..., Any],
+    args: tuple[Any, ...],
+) -> None:
     """A rank's process, from start to end."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no process outlives the supervisor
+    ctypes.CDLL(None).prctl(
+        1, signal.SIGKILL
+    )  # PR_SET_PDEATHSIG: no process outlives the supervisor
     if os.getppid() != parent:
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-c is the supervisor's business
     try:
         connection.send(("result", target(seat, connection, *args)))
         connection.close()
-    except BaseException as error:  # noqa: BLE001 - whatever it is, the supervisor has to hear of it
+    except BaseException as error:
         with contextlib.suppress(OSError):
             connection.send(("error", describe_error(error)))
         os._exit(1)
@@ -196,7 +221,9 @@ def _watch(ranks: list[_Rank], record: Path, say: Callable[[str, dict[str, Any]]
         heard = wait([*connections, *sentinels], timeout=0.5)
         for number, rank in enumerate(ranks):
             _listen(number, rank, say)
-        if any(rank.error or (not rank.done and rank.process.exitcode is not None) for rank in ranks):
+        if any(
+            rank.error or (not rank.done and rank.process.exitcode is not None) for rank in ranks
+        ):
             _settle(ranks, say)
             _fail(ranks, record)
         now = record.read_bytes()
@@ -234,7 +261,10 @@ def _settle(ranks: list[_Rank], say: Callable[[str, dict[str, Any]], None]) -> N
 
 
 def _fail(ranks: list[_Rank], record: Path) -> NoReturn:
-    """Name the first cause: a process that vanished, before one that raised, before one that lost its peer."""
+    """Name the first cause.
+
+    A process that vanished, before one that raised, before one that lost its peer.
+    """
     data = record.read_bytes()
     for number, rank in enumerate(ranks):
         code = rank.process.exitcode
@@ -245,8 +275,14 @@ def _fail(ranks: list[_Rank], record: Path) -> NoReturn:
             text = f"rank {number} ended with status {code} before its work was done ({spot})"
             raise RankError(text, number)
         hint = "; the system may have run out of memory" if -code == signal.SIGKILL else ""
-        raise RankError(f"rank {number} was killed by {signal.Signals(-code).name} ({spot}){hint}", number)
-    failed = [(rank.error["symptom"], number, rank.error) for number, rank in enumerate(ranks) if rank.error]
+        raise RankError(
+            f"rank {number} was killed by {signal.Signals(-code).name} ({spot}){hint}", number
+        )
+    failed = [
+        (rank.error["symptom"], number, rank.error)
+        for number, rank in enumerate(ranks)
+        if rank.error
+    ]
     _, number, error = min(failed, key=lambda item: item[:2])
     text = error["text"]
     if not error["wanted"] or error["status"] == 1:
@@ -259,9 +295,13 @@ def _fail(ranks: list[_Rank], record: Path) -> NoReturn:
 def _stalled(ranks: list[_Rank], record: Path) -> None:
     """Nothing moves: name the ranks that do not wait for another."""
     data = record.read_bytes()
-    guilty = [n for n in range(len(ranks)) if _read(data, n)[3] != WAITING] or list(range(len(ranks)))
+    guilty = [n for n in range(len(ranks)) if _read(data, n)[3] != WAITING] or list(
+        range(len(ranks))
+    )
     places = "; ".join(f"rank {n} ({place(ranks[n], data, n)})" for n in guilty)
-    raise RankError(f"no rank made progress for {STALL:.0f} s; the others wait for {places}", guilty[0])
+    raise RankError(
+        f"no rank made progress for {STALL:.0f} s; the others wait for {places}", guilty[0]
+    )
 
 
 def _read(data: bytes, rank: int) -> tuple[int, int, int, int]:

@@ -1,4 +1,7 @@
-"""From a model to a plan, on the running ranks: measure side by side, plan on rank 0, tell everyone."""
+"""From a model to a plan, on the running ranks.
+
+Measure side by side, plan on rank 0, tell everyone.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ def measure(
     rounds: int = 9,
     seed: int = 0,
 ) -> Measured:
-    """Measure layers on all ranks at once (they will compute side by side), and the links between them.
+    """Measure layers on all ranks at once, as they will compute, and the links between them.
 
     Raises:
         InputError: the model has fewer layers than there are devices.
@@ -83,7 +86,8 @@ def mean_profile(parts: Sequence[Profile]) -> Profile:
         means = {name: _mean([getattr(layer, name) for layer in same]) for name in times}
         layers.append(_with_times(same[0], means))
     overheads = {
-        f.name: _mean([getattr(part.overheads, f.name) for part in parts]) for f in fields(Overheads)
+        f.name: _mean([getattr(part.overheads, f.name) for part in parts])
+        for f in fields(Overheads)
     }
     return replace(parts[0], layers=tuple(layers), overheads=Overheads(**overheads))
 

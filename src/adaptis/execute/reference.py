@@ -1,6 +1,7 @@
 """Plain training in one process: what every plan is measured against.
 
-No stages, no wrappers, no schedule: the unmodified model, its forward, its loss, `backward`, the optimizer.
+No stages, no wrappers, no schedule: the unmodified model, its forward, its loss, `backward`, the
+optimizer.
 """
 
 from __future__ import annotations
@@ -40,11 +41,14 @@ class Reference:
 
 
 def plain(model: TorchModel, seed: int) -> tuple[nn.Module, Callable[[Microbatch], Tensor]]:
-    """The whole model with the weights that every cut starts from, and how its output is computed."""
+    """The whole model with every cut's initial weights, and how its output is computed."""
     from adaptis.measure.huggingface import HuggingFaceModel
 
     if isinstance(model, HuggingFaceModel):
         whole = model.plain(seed)
-        return whole, lambda microbatch: whole(input_ids=microbatch["inputs"], use_cache=False).logits
+        return (
+            whole,
+            lambda microbatch: whole(input_ids=microbatch["inputs"], use_cache=False).logits,
+        )
     chain = model.build(0, len(model.layers), seed=seed)
     return chain, lambda microbatch: chain(None, microbatch)

@@ -1,7 +1,8 @@
-"""A model in training under one plan, as one rank sees it: its stages, its optimizer, one step after another.
+"""A model in training under one plan, as one rank sees it.
 
-Every rank builds its own stages only. Parameters are known by their global names; a name that several ranks hold is
-one parameter (tied embedding and head), whose gradients are summed in the order of the ranks before each update.
+Every rank builds its own stages only. Parameters are known by their global names; a name that
+several ranks hold is one parameter (tied embedding and head), whose gradients are summed in the
+order of the ranks before each update.
 """
 
 from __future__ import annotations
@@ -52,7 +53,14 @@ class Session:
     """One plan, running."""
 
     def __init__(
-        self, world: World, model: TorchModel, plan: Plan, *, optimizer: Optimizer, seed: int = 0, key: int = 0
+        self,
+        world: World,
+        model: TorchModel,
+        plan: Plan,
+        *,
+        optimizer: Optimizer,
+        seed: int = 0,
+        key: int = 0,
     ) -> None:
         """Check `plan`, build this rank's stages and its optimizer.
 
@@ -67,7 +75,9 @@ class Session:
         self.steps = 0
         self._key = key
         device = world.rank
-        lines = [describe(self.program, device, i) for i in range(len(self.program.devices[device]))]
+        lines = [
+            describe(self.program, device, i) for i in range(len(self.program.devices[device]))
+        ]
         world.tell("program", key, lines)
         modules = {
             s: model.build(stage.start, stage.stop, seed=seed)
@@ -75,7 +85,9 @@ class Session:
             if stage.device == device
         }
         self.parameters = _joined(modules.values())
-        self.buffers = {n: b for module in modules.values() for n, b in module.global_buffers().items()}
+        self.buffers = {
+            n: b for module in modules.values() for n, b in module.global_buffers().items()
+        }
         split = {c.stage for c in plan.programs[device] if c.op is Op.BACKWARD_INPUT}
         self.stages = {
             s: StageCompute(
@@ -100,7 +112,9 @@ class Session:
         for rank, names in enumerate(self.world.gather(json.dumps(sorted(self.parameters)))):
             for name in json.loads(names):
                 holders.setdefault(name, []).append(rank)
-        return [(n, ranks) for n, ranks in holders.items() if len(ranks) > 1 and n in self.parameters]
+        return [
+            (n, ranks) for n, ranks in holders.items() if len(ranks) > 1 and n in self.parameters
+        ]
 
     def step(self, batch: Sequence[Microbatch]) -> StepResult:
         """Train on one batch.
@@ -110,7 +124,8 @@ class Session:
         """
         if len(batch) != self.plan.num_microbatches:
             raise PlanError(
-                f"the batch has {len(batch)} micro-batches, the plan is for {self.plan.num_microbatches}; "
+                f"the batch has {len(batch)} micro-batches, the plan is for "
+                f"{self.plan.num_microbatches}; "
                 f"plan again with --microbatches {len(batch)}"
             )
         weight = 1.0 / sum(self.model.weight(microbatch) for microbatch in batch)
@@ -163,7 +178,10 @@ class Session:
         parts = [json.loads(text) for text in self.world.gather(json.dumps(mine))]
         zero = min(part["begin"] for part in parts)
         rows = [
-            [(Compute(Op(op), s, m), begin - zero, end - zero) for op, s, m, begin, end in part["rows"]]
+            [
+                (Compute(Op(op), s, m), begin - zero, end - zero)
+                for op, s, m, begin, end in part["rows"]
+            ]
             for part in parts
         ]
         return from_rows(
@@ -178,10 +196,14 @@ class Session:
 
 def _suits(plan: Plan, model: TorchModel, size: int) -> None:
     if plan.num_devices != size:
-        raise PlanError(f"the plan is for {plan.num_devices} devices, {size} are running; start as many processes")
+        raise PlanError(
+            f"the plan is for {plan.num_devices} devices, {size} are running; start as many "
+            f"processes"
+        )
     if plan.num_layers != len(model.layers):
         raise PlanError(
-            f"the plan covers {plan.num_layers} layers{f' of {plan.model}' if plan.model else ''}, but "
+            f"the plan covers {plan.num_layers} "
+            f"layers{f' of {plan.model}' if plan.model else ''}, but "
             f"{model.name} has {len(model.layers)}; make a plan for it with `adaptis plan`"
         )
 

@@ -1,7 +1,8 @@
 """Training under a plan: the ten-line use, and what `adaptis train` runs.
 
-By itself on one machine (own processes, supervised), or as one of the ranks that `torchrun` started. Where no plan is
-given, the ranks measure the model side by side and rank 0 plans before the first step.
+By itself on one machine (own processes, supervised), or as one of the ranks that `torchrun`
+started. Where no plan is given, the ranks measure the model side by side and rank 0 plans before
+the first step.
 """
 
 from __future__ import annotations
@@ -86,13 +87,14 @@ def train(
 ) -> Result:
     """Train `model` on `devices` processes, exactly as one process would.
 
-    Under `torchrun` this process is one of its ranks and `devices` is not used. Otherwise new processes are started,
-    so a script calls this below ``if __name__ == "__main__":``, with a model and functions that they can import.
+    Under `torchrun` this process is one of its ranks and `devices` is not used. Otherwise new
+    processes are started, so a script calls this below ``if __name__ == "__main__":``, with a
+    model and functions that they can import.
 
     Args:
         model: a `Chain`, a `HuggingFaceModel`, or a function that makes one.
-        batches: step to the micro-batches of that step, each a dict of tensors; the same on every rank.
-        devices: how many processes to start.
+        batches: step to its micro-batches, each a dict of tensors; the same on every rank.
+        devices: how many processes to start, where `torchrun` has not.
         steps: how many steps the run has, those before a resume counted.
         plan: a `Plan`, the path of one, or "auto" to measure and search first.
         optimizer: makes the optimizer from the parameters of a rank; AdamW where none is given.
@@ -106,11 +108,22 @@ def train(
     Raises:
         Error: one sentence about what was wrong; every process has ended by then.
     """
-    chosen = None if plan == "auto" else plan if isinstance(plan, Plan) else load_plan(cast("str", plan))
+    chosen = (
+        None if plan == "auto" else plan if isinstance(plan, Plan) else load_plan(cast("str", plan))
+    )
     if steps < 1:
         raise InputError(f"{steps} steps: at least 1 is needed")
     job = Job(
-        model, batches, steps, chosen, optimizer or adamw(), seed, search_seconds, str(folder), save_every, resume
+        model,
+        batches,
+        steps,
+        chosen,
+        optimizer or adamw(),
+        seed,
+        search_seconds,
+        str(folder),
+        save_every,
+        resume,
     )
     if under_torchrun():
         with launched(say) as world:
@@ -131,7 +144,9 @@ def run(world: World, job: Job) -> Result:
     """Plan where needed, train, save; every rank calls this and gets the same result."""
     world.phase("building the model")
     made = job.model
-    model = cast("TorchModel", made if hasattr(made, "layers") else cast("Callable[[], TorchModel]", made)())
+    model = cast(
+        "TorchModel", made if hasattr(made, "layers") else cast("Callable[[], TorchModel]", made)()
+    )
     measured, plan = None, job.plan
     if plan is None:
         measured, plan = _plan(world, model, job)
@@ -185,17 +200,29 @@ def _plan(world: World, model: TorchModel, job: Job) -> tuple[Measured, Plan]:
 def _resume(session: Session, folder: Path | None) -> None:
     if folder is None:
         raise InputError("to resume, say from where: a folder with checkpoints is needed")
-    session.world.phase("loading a checkpoint")
-    found = checkpoint.newest(folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder)
-    checkpoint.load(session, found)
-    session.world.say("resumed", step=session.steps, checkpoint=str(found))
+    world = session.world
+    world.phase("loading a checkpoint")
+    found, problem = "", ""
+    if world.rank == 0:
+        inner = folder / "checkpoints"
+        try:
+            found = str(checkpoint.newest(inner if inner.is_dir() else folder))
+        except InputError as error:
+            problem = str(error)
+    if problem := world.broadcast(problem):
+        raise InputError(problem)
+    found = world.broadcast(found)
+    checkpoint.load(session, Path(found))
+    world.say("resumed", step=session.steps, checkpoint=found)
 
 
 def _result(session: Session, results: list[Any], saved: str, measured: Measured | None) -> Result:
     timeline: dict[str, Any] = {}
     if results:
         ordered = sorted(results[min(2, len(results) - 1) :], key=lambda r: r.end - r.begin)
-        lengths = json.loads(session.world.broadcast(json.dumps([results.index(r) for r in ordered])))
+        lengths = json.loads(
+            session.world.broadcast(json.dumps([results.index(r) for r in ordered]))
+        )
         typical = results[lengths[len(lengths) // 2]]
         timeline = timeline_to_json(session.timeline(typical, session.plan.schedule))
     return Result(

@@ -1,9 +1,10 @@
-"""How values pass between devices: the four verbs that the executor needs, over `torch.distributed`.
+"""How values pass between devices: four verbs over `torch.distributed`.
 
-Receives are posted ahead and waited for by their reader; sends are started and kept until they are done. On each
-directed link messages keep the order of the program, and each carries a tag of its own where the backend has tags
-(gloo), so that an order mistake cannot swap two values. The shape of a value is announced once, before the first
-message of its kind; after that it is known at both ends.
+Receives are posted ahead and waited for by their reader; sends are started and kept until they are
+done. On each directed link messages keep the order of the program, and each carries a tag of its
+own where the backend has tags (gloo), so that an order mistake cannot swap two values. The shape
+of a value is announced once, before the first message of its kind; after that it is known at both
+ends.
 
 It knows nothing of what the values mean.
 """
@@ -66,11 +67,15 @@ class _Posted:
 class TorchTransport:
     """Point-to-point messages of `torch.distributed`."""
 
-    def __init__(self, num_stages: int, num_microbatches: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, num_stages: int, num_microbatches: int, device: torch.device | str = "cpu"
+    ) -> None:
         self._num_stages = num_stages
         self._num_microbatches = num_microbatches
         self._device = torch.device(device)
-        self._shapes: dict[tuple[Kind, int, object], Shape] = {}  # (kind, stage, inputs' shapes) -> shape
+        self._shapes: dict[
+            tuple[Kind, int, object], Shape
+        ] = {}  # (kind, stage, inputs' shapes) -> shape
         self._signatures: list[object] = []
         self._pending: dict[int, deque[Value]] = {}  # per source: asked for, shape not known yet
         self._source: dict[Value, int] = {}
@@ -78,7 +83,10 @@ class TorchTransport:
         self._sending: deque[tuple[Any, Tensor]] = deque()
 
     def begin(self, signatures: list[object]) -> None:
-        """A new step, whose micro-batches have these input shapes: equal signatures mean equal shapes on the way."""
+        """A new step, whose micro-batches have these input shapes.
+
+        Equal signatures mean equal shapes on the way.
+        """
         self._signatures = signatures
 
     def _key(self, value: Value) -> tuple[Kind, int, object]:
@@ -97,7 +105,8 @@ class TorchTransport:
         if self._shapes.get(key) != shape:
             if key in self._shapes:
                 raise RankError(
-                    f"stage {value.stage}, micro-batch {value.microbatch}: the {value.kind} has shape "
+                    f"stage {value.stage}, micro-batch {value.microbatch}: the {value.kind} has "
+                    f"shape "
                     f"{shape[1]}, {self._shapes[key][1]} was announced for inputs of this shape"
                 )
             self._shapes[key] = shape
@@ -133,7 +142,7 @@ class TorchTransport:
         while value not in self._posted:
             first = self._pending[source][0]
             header = torch.empty(HEADER, dtype=torch.int64, device=self._device)
-            dist.irecv(header, source, tag=self._tag(first, header=True)).wait()
+            _wait(dist.irecv(header, source, tag=self._tag(first, header=True)))
             self._shapes[self._key(first)] = _decode(header)
             self._flush(source)
         posted = self._posted.pop(value)
@@ -147,10 +156,17 @@ class TorchTransport:
             work.wait()
 
 
+def _wait(work: Any) -> None:
+    """Torch's stubs say that a message of our own group may come without its work; it does not."""
+    work.wait()
+
+
 def _encode(shape: Shape) -> Tensor:
     dtype, sizes = shape
     if len(sizes) > HEADER - 2:
-        raise RankError(f"a value of {len(sizes)} dimensions crosses devices, at most {HEADER - 2} are possible")
+        raise RankError(
+            f"a value of {len(sizes)} dimensions crosses devices, at most {HEADER - 2} are possible"
+        )
     numbers = [_DTYPES.index(dtype), len(sizes), *sizes]
     return torch.tensor(numbers + [0] * (HEADER - len(numbers)), dtype=torch.int64)
 

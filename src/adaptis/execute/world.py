@@ -1,6 +1,7 @@
 """One rank's view of the run: who it is, how it talks to the others, and to whoever watches.
 
-The same under our own supervisor and under `torchrun`. Objects never travel pickled between ranks: texts do, as bytes.
+The same under our own supervisor and under `torchrun`. Objects never travel pickled between ranks:
+texts do, as bytes.
 """
 
 from __future__ import annotations
@@ -58,11 +59,12 @@ class World:
         data = (text or "").encode()
         size = torch.tensor([len(data)])
         dist.broadcast(size, source)
+        if not int(size):
+            return ""
         buffer = torch.zeros(int(size), dtype=torch.uint8)
         if self.rank == source:
             buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        if int(size):
-            dist.broadcast(buffer, source)
+        dist.broadcast(buffer, source)
         return bytes(buffer.numpy()).decode()
 
     def gather(self, text: str) -> list[str]:
@@ -75,7 +77,9 @@ def seated(seat: Seat, connection: Connection) -> Iterator[World]:
     """Join the run that our own supervisor started."""
     torch.set_num_threads(seat.threads)
     store = dist.FileStore(seat.store, seat.num_ranks)
-    dist.init_process_group("gloo", store=store, rank=seat.rank, world_size=seat.num_ranks, timeout=TIMEOUT)
+    dist.init_process_group(
+        "gloo", store=store, rank=seat.rank, world_size=seat.num_ranks, timeout=TIMEOUT
+    )
 
     def tell(*message: Any) -> None:
         connection.send(message)
@@ -126,6 +130,7 @@ def _rendezvous_error(error: Exception) -> InputError | RankError:
     text = str(error)
     if "EADDRINUSE" in text or "address already in use" in text:
         return InputError(
-            f"the rendezvous port {address} is in use by another program; give torchrun another --master-port"
+            f"the rendezvous port {address} is in use by another program; give torchrun another "
+            f"--master-port"
         )
     return RankError(f"the ranks did not meet at {address}: {text.splitlines()[0]}")

@@ -1,12 +1,13 @@
 """What each layer would cost on an accelerator that is not here: computed, never measured.
 
-Each distinct layer runs once on fake tensors in bfloat16: shapes without memory. Its matrix products
-are counted, and the storages that autograd would keep. Seconds follow from a roofline: the larger of
-FLOP / (peak * efficiency) and of bytes moved / memory bandwidth, for the layer as a whole.
+Each distinct layer runs once on fake tensors in bfloat16: shapes without memory. Its products are
+counted, and the storages that autograd would keep. Seconds follow from a roofline, for the layer as
+a whole: the larger of FLOP / (peak * efficiency) and of bytes moved / memory bandwidth.
 
-What it leaves out: kernel launches, elementwise work hidden under the products, and caches. A fused
-scan keeps far less than transformers' plain one, which is what is counted; a sliding window is not
-taken off a causal attention; experts are taken to be evenly loaded. Measure where a device is at hand.
+What it leaves out: kernel launches, caches, and elementwise work, which it takes to hide under the
+products. Attention counts as a fused causal kernel without a window; experts as grouped products;
+a Mamba scan as transformers' plain code, which keeps far more than a fused one, and whose loop over
+tokens (Mamba-1) takes half a minute here. Measure instead where there is a device.
 """
 
 from __future__ import annotations
@@ -68,8 +69,9 @@ def analytic_profile(
 ) -> Profile:
     """The profile of `model` in bfloat16 on `accelerator`, with no device and next to no memory.
 
-    W has the weight gradients of linear layers, as in `compute`; all others are in I. The state is 18
-    bytes for each trained parameter (bf16 weight 2, and in float32 gradient 4, master weight 4, Adam 8).
+    W has the weight gradients of linear layers, as in `compute`; all others are in I. A trained
+    parameter has 18 bytes of state: weight 2 (bfloat16); gradient 4, master weight 4, Adam's two
+    moments 8 (float32).
 
     Args:
         model: the chain; it takes token ids.
@@ -138,7 +140,7 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.linear = self.trained = self.attention = 0
         self.operands = _Storages()
-        self.weights: dict[int, int] = {}  # trained, of linear layers: id -> elements
+        self.weights: dict[int, int] = {}  # trained, of linear layers: storage -> elements
         self._kept = kept
 
     def __torch_function__(
@@ -159,12 +161,12 @@ class _Watch(TorchFunctionMode):
         self.linear += flops
         if weight.requires_grad:
             self.trained += flops
-            self.weights[id(weight)] = weight.numel()
+            self.weights[weight.untyped_storage()._cdata] = weight.numel()
             self.operands.add(input)
             self.operands.add(torch.empty_like(output))  # its gradient
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        # torch's choice of kernel on fake CPU tensors says nothing about another device, so none runs.
+        # What torch chooses for fake CPU tensors says nothing about another device: no kernel runs.
         output = query.new_empty(*query.shape[:-1], value.shape[-1])
         causal = 2 if query.shape[-2] == key.shape[-2] else 1
         width = query.shape[-1] + value.shape[-1]
@@ -183,7 +185,7 @@ _FORMULAS = {torch.ops.aten._grouped_mm: _grouped_flops}  # which torch's counte
 
 
 def _in_bf16(model: TorchModel) -> TorchModel:
-    """Models of transformers choose their own dtypes when they are built; a chain's are cast later."""
+    """A model of transformers is told its dtype when it is built; a chain is cast later."""
     config = getattr(model, "config", None)
     if config is None:
         return model
@@ -195,7 +197,7 @@ def _in_bf16(model: TorchModel) -> TorchModel:
 
 
 def _count_layers(model: TorchModel, batch_size: int, sequence: int) -> list[_Count]:
-    """The counts of each layer; those with equal signatures are run once, the two ends by themselves."""
+    """The counts of each layer; equal signatures are run once, the two ends by themselves."""
     last = len(model.layers) - 1
     known: dict[tuple[str, bool, bool], _Count] = {}
     counts: list[_Count] = []

@@ -1,9 +1,10 @@
 """What F, B, I, W and R mean on one stage: the only place where gradients are computed.
 
-The backward is split exactly. In a split stage each `nn.Linear` computes through `_SplitLinear`: during I its
-backward hands on the input gradient and leaves the two operands of the weight gradient in a `Pending` list; W
-multiplies them later, with the very expression that a fused backward uses, so that the sums are the same to the
-last bit. Everything else (norms, convolutions, embeddings, scans) has its weight gradients computed in I.
+The backward is split exactly. In a split stage each `nn.Linear` computes through `_SplitLinear`:
+during I its backward hands on the input gradient and leaves the two operands of the weight
+gradient in a `Pending` list; W multiplies them later, with the very expression that a fused
+backward uses, so that the sums are the same to the last bit. Everything else (norms, convolutions,
+embeddings, scans) has its weight gradients computed in I.
 
 It knows nothing of schedules, devices or processes.
 """
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Pending:
-    """Weight gradients that I left for W: (parameter, left factor, right factor) of each product."""
+    """Weight gradients that I left for W.
+
+    (parameter, left factor, right factor) of each product.
+    """
 
     products: list[tuple[nn.Parameter, Tensor, Tensor]] = field(default_factory=list)
     sums: list[tuple[nn.Parameter, Tensor]] = field(
@@ -48,7 +52,10 @@ class Pending:
 
 
 def _weight_gradient(gradient: Tensor, inputs: Tensor) -> Tensor:
-    """(tokens, out)ᵀ (tokens, in): what torch computes for a linear layer, in the same order of operands."""
+    """(tokens, out)ᵀ (tokens, in).
+
+    What torch computes for a linear layer, in the same order of operands.
+    """
     return gradient.t().mm(inputs)
 
 
@@ -101,24 +108,31 @@ class _SplitLinear(torch.autograd.Function):
         return input_gradient, weight_gradient, flat.sum(0) if needs_bias else None, None
 
 
+@dataclass(frozen=True, slots=True)
+class _Routed:
+    """The forward of a linear layer that obeys a switch."""
+
+    layer: nn.Linear
+    switch: _Switch
+
+    def __call__(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name for it
+        weight, bias = self.layer.weight, self.layer.bias
+        if self.switch.split and torch.is_grad_enabled():
+            return _SplitLinear.apply(input, weight, bias, self.switch)
+        return functional.linear(input, weight, bias)
+
+
 def _route_linear_layers(module: nn.Module, switch: _Switch) -> None:
-    """Let every plain `nn.Linear` in `module` obey `switch`; subclasses with their own forward stay as they are."""
+    """Let every plain `nn.Linear` in `module` obey `switch`.
 
-    def route(layer: nn.Linear) -> None:
-        def forward(inputs: Tensor) -> Tensor:
-            if switch.split and torch.is_grad_enabled():
-                return _SplitLinear.apply(inputs, layer.weight, layer.bias, switch)
-            return functional.linear(inputs, layer.weight, layer.bias)
-
-        layer.forward = forward
-
+    Subclasses with a forward of their own stay as they are. A module that another `StageCompute`
+    had before (a `Chain` of ready-made modules) obeys the new one.
+    """
     for layer in module.modules():
-        if (
-            isinstance(layer, nn.Linear)
-            and type(layer).forward is nn.Linear.forward
-            and "forward" not in vars(layer)
-        ):
-            route(layer)
+        if isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward:
+            own = vars(layer).get("forward")
+            if own is None or isinstance(own, _Routed):
+                layer.forward = _Routed(layer, switch)
 
 
 @dataclass(slots=True)
@@ -135,7 +149,8 @@ class _Saved:
 class StageCompute:
     """One stage with everything it keeps between its instructions.
 
-    Roughly: ``output = F(m, inputs)``; ``input_gradient = B(m, output_gradient)``, or ``I`` likewise and ``W(m)`` later.
+    Roughly: ``output = F(m, inputs)``; ``input_gradient = B(m, output_gradient)``, or ``I``
+    likewise and ``W(m)`` later.
     """
 
     def __init__(
@@ -167,7 +182,7 @@ class StageCompute:
     def forward(
         self, m: int, inputs: Tensor | None, microbatch: Microbatch, weight: float
     ) -> Tensor | None:
-        """F: the stage's output, detached; None on the last stage, whose share of the loss is in `losses`.
+        """F: the stage's output, detached; None on the last stage, which adds to `losses`.
 
         `weight` multiplies the summed loss: 1 / (tokens of the whole step).
         """
@@ -201,7 +216,10 @@ class StageCompute:
         torch.set_rng_state(now)
 
     def backward(self, m: int, gradient: Tensor | None) -> Tensor | None:
-        """B: accumulate the weight gradients, return the gradient of the input (None on the first stage)."""
+        """B.
+
+        Accumulate the weight gradients, return the gradient of the input (None on the first stage).
+        """
         saved = self._saved.pop(m)
         if saved.output is None:
             raise RuntimeError(f"micro-batch {m} has no activations: F or R has not run")
@@ -212,8 +230,11 @@ class StageCompute:
         return None if saved.inputs is None else saved.inputs.grad
 
     def backward_input(self, m: int, gradient: Tensor | None) -> Tensor | None:
-        """I: the gradient of the input; what the linear layers' weights need is left for `backward_weight`."""
-        pending = self._pending[m] = self._switch.pending = Pending()
+        """I: the gradient of the input.
+
+        What the linear layers' weights need is left for `backward_weight`.
+        """
+        self._pending[m] = self._switch.pending = Pending()
         try:
             return self.backward(m, gradient)
         finally:

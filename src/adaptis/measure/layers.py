@@ -1,14 +1,16 @@
 """What each layer costs on this machine: a model and one micro-batch become a `Profile`.
 
-Each distinct layer (by signature) is built and timed once, with its real input, going round all of them so that no
-layer sits warm in the cache as it never would in training. Per layer: F, fused B, and I and W apart (their sum can
-exceed B: the split must pay for itself), bytes kept, bytes handed on, the optimizer's step.
+Each distinct layer (by signature) is built and timed once, with its real input, going round all of
+them so that no layer sits warm in the cache as it never would in training. Per layer: F, fused B,
+and I and W apart (their sum can exceed B: the split must pay for itself), bytes kept, bytes handed
+on, the optimizer's step.
 
-A stage also costs something per instruction, whatever its layers (a Hugging Face forward builds masks and rotary
-tables each time). It is found from a run of k layers: overhead = (sum of the single times - time of the run) / (k - 1).
+A stage also costs something per instruction, whatever its layers (a Hugging Face forward builds
+masks and rotary tables each time). It is found from a run of k layers: overhead = (sum of the
+single times - time of the run) / (k - 1).
 
-Where several processes will compute side by side, measure in as many at once (`together`): they share caches and
-memory bandwidth.
+Where several processes will compute side by side, measure in as many at once (`together`): they
+share caches and memory bandwidth.
 """
 
 from __future__ import annotations
@@ -116,7 +118,7 @@ def _key(model: TorchModel, index: int) -> str:
 def _subjects(
     model: TorchModel, microbatch: Microbatch, weight: float, seed: int, device: torch.device | str
 ) -> tuple[dict[str, _Subject], _Subject | None]:
-    """Each distinct layer with the input that really reaches it, and one run of consecutive layers."""
+    """Each distinct layer with its real input, and one run of consecutive layers."""
     count = len(model.layers)
     singles: dict[str, _Subject] = {}
     arriving: list[Tensor | None] = []
@@ -227,7 +229,7 @@ def _overheads(
         singly = [layer.median(letter) for layer in layers]
         overhead = (sum(singly) - run.median(letter)) / (len(layers) - 1)
         # An instruction cannot cost more than the cheapest layer does with it.
-        result[letter] = min(max(overhead, 0.0), min(singly))
+        result[letter] = min(max(overhead, 0.0), *singly)
     return result
 
 

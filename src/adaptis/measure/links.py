@@ -1,7 +1,7 @@
 """What a transfer costs between the running ranks: latency, bandwidth, and the sender's own time.
 
-Needs an initialised process group. One message goes to and fro between each rank and the next, small and large; the
-slower of all pairs counts.
+Needs an initialised process group. One message goes to and fro between each rank and the next,
+small and large; the slower of all pairs counts.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from statistics import median
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -29,7 +30,10 @@ class LinkCost:
 
 
 def measure_links(num_bytes: int, rounds: int = 15) -> LinkCost:
-    """Measure with messages of `num_bytes`, those that the model's layers exchange; every rank calls this."""
+    """Measure with messages of `num_bytes`, those that the model's layers exchange.
+
+    Every rank calls this.
+    """
     rank, size = dist.get_rank(), dist.get_world_size()
     slowest = LinkCost(Link(), 0.0, 0.0)
     for left in range(size - 1):
@@ -38,7 +42,9 @@ def measure_links(num_bytes: int, rounds: int = 15) -> LinkCost:
         if rank in (left, left + 1):
             other = 2 * left + 1 - rank
             small, _, _ = _ping(SMALL, other, rounds, first=rank == left)
-            large, send, receive = _ping(max(num_bytes, 2 * SMALL), other, rounds, first=rank == left)
+            large, send, receive = _ping(
+                max(num_bytes, 2 * SMALL), other, rounds, first=rank == left
+            )
             numbers = torch.tensor([small, large, send, receive], dtype=torch.float64)
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
         small, large, send, receive = numbers.tolist()
@@ -55,16 +61,16 @@ def _ping(num_bytes: int, other: int, rounds: int, *, first: bool) -> tuple[floa
     ways, starts, takes = [], [], []
     for _ in range(rounds):
         begin = time.perf_counter()
-        work = dist.irecv(back, other, tag=_TAG)
+        work: Any = dist.irecv(back, other, tag=_TAG)
         posted = time.perf_counter()
         if first:
-            sent = dist.isend(out, other, tag=_TAG)
+            sent = cast("Any", dist.isend(out, other, tag=_TAG))
             starts.append(time.perf_counter() - posted)
             work.wait()
         else:
             work.wait()
             now = time.perf_counter()
-            sent = dist.isend(out, other, tag=_TAG)
+            sent = cast("Any", dist.isend(out, other, tag=_TAG))
             starts.append(time.perf_counter() - now)
         sent.wait()
         ways.append((time.perf_counter() - begin) / 2)

@@ -1,7 +1,7 @@
 """Schedules: generators of computations, one small function each, with its drawing and its paper.
 
-A schedule knows nothing of transfers, torch or time: it yields what one rank computes, in order. `SCHEDULES` is
-the table that the command line, the planner, the tests and the docs loop over.
+A schedule knows nothing of transfers, torch or time: it yields what one rank computes, in order.
+`SCHEDULES` is the table that the command line, the planner, the tests and the docs loop over.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class Schedule:
     chunked: bool = False  # several stages per rank, looped: stage s on rank s mod p
     whole_groups: bool = False  # micro-batches must be a multiple of the ranks
 
-    def orders(self, num_ranks: int, num_microbatches: int, num_chunks: int = 1) -> tuple[tuple[Compute, ...], ...]:
+    def orders(
+        self, num_ranks: int, num_microbatches: int, num_chunks: int = 1
+    ) -> tuple[tuple[Compute, ...], ...]:
         """The computations of each rank.
 
         Raises:
@@ -39,11 +41,13 @@ class Schedule:
             raise PlanError(f"{self.name} holds one stage per device, {num_chunks} were asked for")
         if self.whole_groups and num_chunks > 1 and num_microbatches % num_ranks:
             raise PlanError(
-                f"{self.name} needs a multiple of {num_ranks} micro-batches on {num_ranks} devices, "
+                f"{self.name} needs a multiple of {num_ranks} micro-batches on {num_ranks} "
+                f"devices, "
                 f"found {num_microbatches}"
             )
         return tuple(
-            tuple(self.generate(rank, num_ranks, num_microbatches, num_chunks)) for rank in range(num_ranks)
+            tuple(self.generate(rank, num_ranks, num_microbatches, num_chunks))
+            for rank in range(num_ranks)
         )
 
 

@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-def gpipe(rank: int, num_ranks: int, num_microbatches: int, num_chunks: int = 1) -> Iterator[Compute]:
+def gpipe(
+    rank: int, num_ranks: int, num_microbatches: int, num_chunks: int = 1
+) -> Iterator[Compute]:
     """All forwards, then all backwards: the simplest order, and the most activations. ::
 
         rank 0 | F0 F1 F2 F3                   B0 -- B1 -- B2 -- B3 --

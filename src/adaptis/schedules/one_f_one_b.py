@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-def one_f_one_b(rank: int, num_ranks: int, num_microbatches: int, num_chunks: int = 1) -> Iterator[Compute]:
+def one_f_one_b(
+    rank: int, num_ranks: int, num_microbatches: int, num_chunks: int = 1
+) -> Iterator[Compute]:
     """Warm up, then one forward for one backward. ::
 
         rank 0 | F0 F1 F2             B0 -- F3 B1 --    B2 --    B3 --
@@ -19,7 +21,8 @@ def one_f_one_b(rank: int, num_ranks: int, num_microbatches: int, num_chunks: in
 
     Bubble as GPipe's, (p - 1)(F + B); rank r holds at most p - r micro-batches.
 
-    References: Narayanan et al., "PipeDream", SOSP 2019, section 3.2; Fan et al., "DAPPLE", PPoPP 2021.
+    References: Narayanan et al., "PipeDream", SOSP 2019, section 3.2; Fan et al., "DAPPLE", PPoPP
+    2021.
     """
     del num_chunks
     warmup = min(num_ranks - 1 - rank, num_microbatches)

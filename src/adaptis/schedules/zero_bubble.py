@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-def zb_h1(rank: int, num_ranks: int, num_microbatches: int, num_chunks: int = 1) -> Iterator[Compute]:
+def zb_h1(
+    rank: int, num_ranks: int, num_microbatches: int, num_chunks: int = 1
+) -> Iterator[Compute]:
     """1F1B with the backward split; W waits until more than r of them are due. ::
 
         rank 0 | F0 F1 F2       I0 W0 F3 I1 W1    I2 W2 I3 W3
@@ -19,7 +21,8 @@ def zb_h1(rank: int, num_ranks: int, num_microbatches: int, num_chunks: int = 1)
 
     Bubble (p - 1)(F + I - W) where W <= min(F, I); p micro-batches on every rank.
 
-    References: Qi et al., "Zero Bubble Pipeline Parallelism", ICLR 2024, section 2.1 (its B is our I).
+    References: Qi et al., "Zero Bubble Pipeline Parallelism", ICLR 2024, section 2.1 (its B is our
+    I).
     """
     del num_chunks
     warmup = min(num_ranks - 1 - rank, num_microbatches)

@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 
 from adaptis.kernels import compiled
-from adaptis.search.greedy import IMPOSSIBLE, assess, evaluate
-from adaptis.search.moves import mutate
+from adaptis.search.greedy import IMPOSSIBLE, WORKED, assess, evaluate, lacks
+from adaptis.search.instance import price
+from adaptis.search.moves import loads, move_layers, mutate
+
+STAGE_COST = 0.001  # what one more stage per device must gain, a share of the busiest device's work
 
 
 @compiled
@@ -26,8 +29,8 @@ def anneal(
 ) -> Any:
     """Trials `first` to `stop` of a run of `total`: where it stands, the best so far, and its cost.
 
-    The temperature falls from `hot` to `cold`, shares of the cost, in geometric steps. Where nothing fits yet, only
-    what misses less memory is taken.
+    The temperature falls from `hot` to `cold`, shares of the cost, in geometric steps. Where
+    nothing fits yet, only what misses less memory is taken.
     """
     np.random.seed(seed)
     cost, state = assess(instance, current, np.inf)
@@ -43,3 +46,33 @@ def anneal(
             if cost < least:
                 best, least = current, cost
     return current, best, least
+
+
+@compiled
+def even_out(instance: Any, start: Any, seed: int, trials: int, most_stages: int) -> Any:
+    """`start` with its layers dealt out so that the busiest device has less to do; annealed without simulating."""
+    np.random.seed(seed)
+    current, best = start, start
+    state = np.zeros((len(instance.slowness), 5))
+    cost = least = _unfairness(instance, start, state)
+    for trial in range(trials):
+        heat = cost * 0.05 * 0.01 ** (trial / trials)
+        candidate = move_layers(current, state, most_stages)
+        other = np.zeros_like(state)
+        step = _unfairness(instance, candidate, other)
+        if step <= cost - heat * np.log(1 - np.random.random()):
+            current, cost, state = candidate, step, other
+            if cost < least:
+                best, least = current, cost
+    return best
+
+
+@compiled
+def _unfairness(instance: Any, candidate: Any, state: Any) -> float:
+    """Seconds of the busiest device on one micro-batch, dearer with every stage; fills column WORKED."""
+    state[:, WORKED] = loads(instance, candidate)
+    load = state[:, WORKED].max() * (1 + STAGE_COST * len(candidate.stop) / len(state))
+    if np.min(instance.memory) == np.inf:
+        return load
+    tables = price(instance, candidate.stop, candidate.device)
+    return load * (1 + 10 * lacks(instance, candidate.device, tables))

@@ -24,14 +24,21 @@ REPLAYED_ROWS = 20_000_000  # how much "1f1b-uneven" may simulate: a second or s
 
 
 def _plan(
-    profile: Profile, cluster: Cluster, num_microbatches: int, schedule: str, stops: Sequence[int], name: str
+    profile: Profile,
+    cluster: Cluster,
+    num_microbatches: int,
+    schedule: str,
+    stops: Sequence[int],
+    name: str,
 ) -> Plan:
     """`schedule` over the stages that end before `stops`, looped over the devices."""
     p = cluster.num_devices
     starts = [0, *stops[:-1]]
     return Plan(
         num_microbatches=num_microbatches,
-        stages=tuple(Stage(a, b, s % p) for s, (a, b) in enumerate(zip(starts, stops, strict=True))),
+        stages=tuple(
+            Stage(a, b, s % p) for s, (a, b) in enumerate(zip(starts, stops, strict=True))
+        ),
         programs=SCHEDULES[schedule].orders(p, num_microbatches, len(stops) // p),
         schedule=name,
         model=profile.model,
@@ -57,7 +64,14 @@ def interleaved(profile: Profile, cluster: Cluster, num_microbatches: int) -> Pl
     """
     p = cluster.num_devices
     chunks = max(len(profile.units()) // p, 1)
-    return _plan(profile, cluster, num_microbatches, "interleaved", even_cut(profile, p * chunks), "interleaved")
+    return _plan(
+        profile,
+        cluster,
+        num_microbatches,
+        "interleaved",
+        even_cut(profile, p * chunks),
+        "interleaved",
+    )
 
 
 def interleaved_tuned(profile: Profile, cluster: Cluster, num_microbatches: int) -> Plan:
@@ -72,7 +86,9 @@ def interleaved_tuned(profile: Profile, cluster: Cluster, num_microbatches: int)
         if chunks > 1 and num_microbatches % p:
             break
         stops = even_cut(profile, p * chunks)
-        plans.append(_plan(profile, cluster, num_microbatches, "interleaved", stops, "interleaved-tuned"))
+        plans.append(
+            _plan(profile, cluster, num_microbatches, "interleaved", stops, "interleaved-tuned")
+        )
     return min(plans, key=lambda plan: _seconds(plan, profile, cluster))
 
 
@@ -84,7 +100,9 @@ def uneven(profile: Profile, cluster: Cluster, num_microbatches: int) -> Plan:
     """
     p = cluster.num_devices
     if profile.num_layers < p:
-        raise PlanError(f"{profile.model} has {profile.num_layers} layers, too few for {p} devices; use fewer")
+        raise PlanError(
+            f"{profile.model} has {profile.num_layers} layers, too few for {p} devices; use fewer"
+        )
     instance = make_instance(profile, cluster, num_microbatches)
     free = instance._replace(memory=np.full(p, np.inf))
     work = instance.seconds[0] + instance.seconds[1]

@@ -40,15 +40,22 @@ def plan_of(fixed: Fixed, num_microbatches: int, profile: Profile, name: str) ->
     starts = [0, *fixed.stop[:-1].tolist()]
     stages = tuple(
         Stage(start, stop, device)
-        for start, stop, device in zip(starts, fixed.stop.tolist(), fixed.device.tolist(), strict=True)
+        for start, stop, device in zip(
+            starts, fixed.stop.tolist(), fixed.device.tolist(), strict=True
+        )
     )
-    ops = ((Op.FORWARD, Op.BACKWARD, Op.BACKWARD_WEIGHT), (Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT))
+    ops = (
+        (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_WEIGHT),
+        (Op.FORWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT),
+    )
     counts = np.zeros((len(stages), 3), dtype=np.int64)
     programs = []
     for a, b in zip(fixed.offsets[:-1].tolist(), fixed.offsets[1:].tolist(), strict=True):
         order = []
         for kind, stage in zip(fixed.kind[a:b].tolist(), fixed.stage[a:b].tolist(), strict=True):
-            order.append(Compute(ops[int(fixed.split[stage])][kind], stage, int(counts[stage, kind])))
+            order.append(
+                Compute(ops[int(fixed.split[stage])][kind], stage, int(counts[stage, kind]))
+            )
             counts[stage, kind] += 1
         programs.append(tuple(order))
     return Plan(

@@ -1,16 +1,17 @@
 """The list scheduler: stages with priorities become one order of computations per device.
 
-Event by event, the device that can begin first begins; which of its ready computations it takes is a matter of
-priority. Time passes as in `adaptis.kernels.replay`, so what comes out is already simulated. Micro-batches are equal
-and go through each stage in order: swapping two of them never helps, so a computation is a kind (0 F, 1 B or I, 2 W),
-a stage and a counter.
+Event by event, the device that can begin first begins; which of its ready computations it takes is
+a matter of priority. Time passes as in `adaptis.kernels.replay`, so what comes out is already
+simulated. Micro-batches are equal and go through each stage in order: swapping two of them never
+helps, so a computation is a kind (0 F, 1 B or I, 2 W), a stage and a counter.
 
-Memory. F of stage s is admitted only if room is left for one micro-batch of every later stage on its device. The
-micro-batch that got furthest can then always go on, and nothing else ever waits for memory: no deadlock.
+Memory. F of stage s is admitted only if room is left for one micro-batch of every later stage on
+its device. The micro-batch that got furthest can then always go on, and nothing else ever waits for
+memory: no deadlock.
 
-Plain arrays with named columns instead of tuples of arrays: numba counts references on every field it reads of a
-tuple, which made the loop five times slower. Known limit: bytes that W needs beyond what F saved (never seen in a
-real profile) are reserved from F on.
+Plain arrays with named columns instead of tuples of arrays: numba counts references on every field
+it reads of a tuple, which made the loop five times slower. Known limit: bytes that W needs beyond
+what F saved (never seen in a real profile) are reserved from F on.
 """
 
 from __future__ import annotations
@@ -109,13 +110,24 @@ def list_schedule(instance: Any, candidate: Any, tables: Any, limit: float) -> A
     rule = (m, period, alternate, fit, patience)
     position, left = offsets[:-1].copy(), seconds_of_work(m, num_devices, device, spec)
     for d in range(num_devices):
-        _choose(rule, spec, counts, arrived, state, choice, hosted, hosted_offsets[d], hosted_offsets[d + 1], d)
+        _choose(
+            rule,
+            spec,
+            counts,
+            arrived,
+            state,
+            choice,
+            hosted,
+            hosted_offsets[d],
+            hosted_offsets[d + 1],
+            d,
+        )
     for _ in range(offsets[-1]):
         d = 0
         for other in range(1, num_devices):
             if state[other, WHEN] < state[d, WHEN]:
                 d = other
-        if state[d, WHEN] + left[d] > limit:
+        if state[d, WHEN] + left[d] > limit * (1 + 1e-12):
             state[:, CLOCK] = np.inf
             break
         left[d] -= spec[choice[d, STAGE], SECONDS + choice[d, KIND]]
@@ -124,7 +136,18 @@ def list_schedule(instance: Any, candidate: Any, tables: Any, limit: float) -> A
             state[d, FIRST] = state[d, WHEN]
         position[d] += 1
         other = _run(instance.send, spec, target, counts, arrived, state, choice, link, d)
-        _choose(rule, spec, counts, arrived, state, choice, hosted, hosted_offsets[d], hosted_offsets[d + 1], d)
+        _choose(
+            rule,
+            spec,
+            counts,
+            arrived,
+            state,
+            choice,
+            hosted,
+            hosted_offsets[d],
+            hosted_offsets[d + 1],
+            d,
+        )
         if other >= 0:
             a, b = hosted_offsets[other], hosted_offsets[other + 1]
             _choose(rule, spec, counts, arrived, state, choice, hosted, a, b, other)
@@ -187,9 +210,10 @@ def make_spec(instance: Any, device: Any, split: Any, limit: Any, tables: Any) -
 def _priorities(candidate: Any, tables: Any, spec: Any) -> Any:
     """Lower runs first: microbatch * period - (the seconds that must still follow) + nudges.
 
-    This is the latest start that lets micro-batch i end i periods after the first one. A long period puts old
-    micro-batches first (1F1B), a short one early stages (GPipe); W has nothing after it and fills gaps. Periods,
-    nudges and the like are in units of the busiest device's work on one micro-batch.
+    This is the latest start that lets micro-batch i end i periods after the first one. A long
+    period puts old micro-batches first (1F1B), a short one early stages (GPipe); W has nothing
+    after it and fills gaps. Periods, nudges and the like are in units of the busiest device's work
+    on one micro-batch.
     """
     num_stages = len(spec)
     load = np.zeros(len(tables.static))
@@ -233,7 +257,9 @@ def _choose(
             i = counts[s, k]
             if i == m or arrived[s, k, i] == np.inf:
                 continue
-            if k == 0 and (i - counts[s, 1] >= spec[s, LIMIT] or held + spec[s, TAKES] > spec[s, ROOM]):
+            if k == 0 and (
+                i - counts[s, 1] >= spec[s, LIMIT] or held + spec[s, TAKES] > spec[s, ROOM]
+            ):
                 continue
             at = arrived[s, k, i]
             rank = spec[s, RANK + k] + i * period + (alternate if k == last else 0.0)
@@ -246,10 +272,19 @@ def _choose(
             rank = spec[s, RANK + 2] + counts[s, 2] * period
             if rank < weight_rank:
                 weight_rank, weight = rank, s
-    if weight >= 0 and weight_rank < best and (stage >= 0 or now + fit * spec[weight, SECONDS + 2] <= coming):
+    if (
+        weight >= 0
+        and weight_rank < best
+        and (stage >= 0 or now + fit * spec[weight, SECONDS + 2] <= coming)
+    ):
         best, kind, stage = weight_rank, 2, weight
     # Something more urgent is about to arrive: wait for it rather than start something long.
-    if stage >= 0 and kind < 2 and soon < best and coming < now + patience * spec[stage, SECONDS + kind]:
+    if (
+        stage >= 0
+        and kind < 2
+        and soon < best
+        and coming < now + patience * spec[stage, SECONDS + kind]
+    ):
         stage = -1
     if stage >= 0:
         state[d, WHEN], choice[d, KIND], choice[d, STAGE] = now, kind, stage

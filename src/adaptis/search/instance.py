@@ -1,7 +1,7 @@
 """What the search reads: a profile, a cluster and a number of micro-batches as arrays.
 
-The kernels look at nothing else. `price` here is `adaptis.costs.price` in array land: prefix sums over layers, so
-that a stage costs two look-ups whatever its length; a test holds the two equal.
+The kernels look at nothing else. `price` here is `adaptis.costs.price` in array land: prefix sums
+over layers, so that a stage costs two look-ups whatever its length; a test holds the two equal.
 """
 
 from __future__ import annotations

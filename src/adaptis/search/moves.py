@@ -1,9 +1,9 @@
 """Moves: from one candidate of the list scheduler to a neighbour; the arguments are never changed.
 
-A move is chosen by what the simulated devices did: unequal work asks for other layers on them, idle time before the
-first and after the last instruction for another placement, idle time in between for another order. The other kinds
-stay possible all the time: following the diagnosis alone gets stuck (a balanced V of 8 stages on 4 devices blames its
-order, but only moving a layer helps).
+A move is chosen by what the simulated devices did: unequal work asks for other layers on them, idle
+time before the first and after the last instruction for another placement, idle time in between for
+another order. The other kinds stay possible all the time: following the diagnosis alone gets stuck
+(a balanced V of 8 stages on 4 devices blames its order, but only moving a layer helps).
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def copy(candidate: Any) -> Any:
 def mutate(instance: Any, candidate: Any, state: Any, cost: float, most_stages: int) -> Any:
     """A random neighbour of `candidate`, whose devices fared as `state` says in a step of `cost` seconds.
 
-    Of several moves of layers the one that leaves the busiest device the least work is worth a simulation: looking
-    at the sums costs a hundredth of it.
+    Of several moves of layers the one that leaves the busiest device the least work is worth a
+    simulation: looking at the sums costs a hundredth of it.
     """
     kind = _diagnose(state, cost) if np.random.random() < TRUST else np.random.randint(3)
     if kind == 2:
@@ -68,19 +68,39 @@ def mutate(instance: Any, candidate: Any, state: Any, cost: float, most_stages: 
 
 
 @compiled
+def move_layers(candidate: Any, state: Any, most_stages: int) -> Any:
+    """Any move that changes what a device works."""
+    if np.random.random() < 0.5:
+        return _move_partition(candidate, state, most_stages)
+    return _move_placement(candidate, state, most_stages)
+
+
+@compiled
 def heaviest(instance: Any, candidate: Any) -> float:
     """Seconds of work on one micro-batch of the busiest device."""
+    return loads(instance, candidate).max()
+
+
+@compiled
+def loads(instance: Any, candidate: Any) -> Any:
+    """Seconds of work of each device on one micro-batch."""
     load, start = np.zeros(len(instance.slowness)), 0
     for s in range(len(candidate.stop)):
         d, stop = candidate.device[s], candidate.stop[s]
-        for k in (F, I, W) if candidate.split[s] else (F, B, B):
-            seconds = instance.seconds[k, stop] - instance.seconds[k, start] + instance.extra[k]
-            load[d] += seconds * instance.slowness[d]
-        if not candidate.split[s]:
-            seconds = instance.seconds[B, stop] - instance.seconds[B, start] + instance.extra[B]
-            load[d] -= seconds * instance.slowness[d]
+        work = _one(instance, F, start, stop)
+        if candidate.split[s]:
+            work += _one(instance, I, start, stop) + _one(instance, W, start, stop)
+        else:
+            work += _one(instance, B, start, stop)
+        load[d] += work * instance.slowness[d]
         start = stop
-    return load.max()
+    return load
+
+
+@compiled
+def _one(instance: Any, op: int, start: int, stop: int) -> float:
+    """Seconds of one instruction at speed 1."""
+    return instance.seconds[op, stop] - instance.seconds[op, start] + instance.extra[op]
 
 
 @compiled
@@ -255,7 +275,9 @@ def _move_order(candidate: Any) -> Any:
     elif draw < 0.95:
         trial.split[s] = not trial.split[s]
     else:
-        trial.limit[s] = NO_LIMIT if np.random.random() < 0.5 else 1 + np.random.randint(2 * len(trial.stop))
+        trial.limit[s] = (
+            NO_LIMIT if np.random.random() < 0.5 else 1 + np.random.randint(2 * len(trial.stop))
+        )
     return trial
 
 

@@ -1,8 +1,8 @@
 """How evenly indivisible layers can be dealt out at best: the bottleneck of the fairest deal, exactly.
 
-Layers of equal work are interchangeable, so a device's share is a vector of counts, and a dynamic program over
-devices and vectors finds the least possible maximum. Where there are too many different works, neighbouring ones are
-rounded down to the smaller: still a lower bound.
+Layers of equal work are interchangeable, so a device's share is a vector of counts, and a dynamic
+program over devices and vectors finds the least possible maximum. Where there are too many
+different works, neighbouring ones are rounded down to the smaller: still a lower bound.
 """
 
 from __future__ import annotations

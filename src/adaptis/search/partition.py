@@ -34,8 +34,9 @@ def even_cut(profile: Profile, num_stages: int) -> list[int]:
 def bottleneck_cut(work: Any, slowness: Any) -> Any:
     """Where stages end so that the slowest is as fast as can be.
 
-    Stage s takes (work[stop] - work[start]) * slowness[s], of the (L + 1,) prefix sums `work`; one layer each at
-    least, so len(slowness) <= L. In O(S L log L): the best first part grows and the rest shrinks with the border.
+    Stage s takes (work[stop] - work[start]) * slowness[s], of the (L + 1,) prefix sums `work`; one
+    layer each at least, so len(slowness) <= L. In O(S L log L): the best first part grows and the
+    rest shrinks with the border.
     """
     num_stages, num_layers = len(slowness), len(work) - 1
     least = np.full((num_stages + 1, num_layers + 1), np.inf)
@@ -65,7 +66,8 @@ def bottleneck_cut(work: Any, slowness: Any) -> Any:
 def climb(instance: Any, fixed: Any, reach: int, most: int) -> Any:
     """Improve the cut of `fixed` in place: a layer goes from stage to stage, up to `reach` apart.
 
-    The order stays. Stops when no move helps, or after `most` replays; returns the step's seconds and the replays.
+    The order stays. Stops when no move helps, or after `most` replays; returns the step's seconds
+    and the replays.
     """
     trace = make_trace(len(fixed.kind))
     cost, replays, better = retime(instance, fixed, trace), 1, True

@@ -41,7 +41,9 @@ def starts(instance: Instance) -> list[tuple[float, Candidate]]:
             stop = bottleneck_cut(_work(instance), instance.slowness[device])
             found.append(_best_rule(instance, stop, device))
     # Fewer layers than devices, or memory that only other cuts respect: each stage to the lightest device.
-    for count in sorted({min(most_stages(instance), n) for n in (num_devices, 3 * num_devices, 6 * num_devices)}):
+    for count in sorted(
+        {min(most_stages(instance), n) for n in (num_devices, 3 * num_devices, 6 * num_devices)}
+    ):
         weights = _work(instance) / max(_work(instance)[-1], 1e-30)
         if np.isfinite(instance.memory).any() and instance.sizes[0, -1] > 0:
             weights = weights + instance.sizes[0] / instance.sizes[0, -1]
@@ -51,7 +53,9 @@ def starts(instance: Instance) -> list[tuple[float, Candidate]]:
 
 
 def _work(instance: Instance) -> Any:
-    return instance.seconds[0] + np.minimum(instance.seconds[1], instance.seconds[2] + instance.seconds[3])
+    return instance.seconds[0] + np.minimum(
+        instance.seconds[1], instance.seconds[2] + instance.seconds[3]
+    )
 
 
 def _loop(num_devices: int, num_stages: int) -> Any:

@@ -1,8 +1,8 @@
 """The last per cents: explicit orders, changed where the critical path says, judged by replay.
 
-The order of every device is a sequence of (kind, stage); which micro-batch is meant follows from counting. Moving one
-computation to another position, or one layer over a border, leaves the rest as it is, so that each trial is a replay:
-a few microseconds, and free of the list scheduler's rules.
+The order of every device is a sequence of (kind, stage); which micro-batch is meant follows from
+counting. Moving one computation to another position, or one layer over a border, leaves the rest as
+it is, so that each trial is a replay: a few microseconds, and free of the list scheduler's rules.
 """
 
 from __future__ import annotations
@@ -138,14 +138,18 @@ def _replay(
         queued[d] = False
         while position[d] < offsets[d + 1]:
             i = position[d]
-            if not _begin(spec, kinds[i], stages[i], counts, arrived, row_of, state, cause, last, d, i):
+            if not _begin(
+                spec, kinds[i], stages[i], counts, arrived, row_of, state, cause, last, d, i
+            ):
                 break
             left[d] -= spec[stages[i], SECONDS + kinds[i]]
             if state[d, HELD] > memory[d] or state[d, CLOCK] + left[d] > 0:
                 return done
             done += 1
             position[d] += 1
-            other = _hand_over(send, spec, target, kinds[i], stages[i], counts, arrived, state, link, d)
+            other = _hand_over(
+                send, spec, target, kinds[i], stages[i], counts, arrived, state, link, d
+            )
             if other >= 0 and not queued[other]:
                 stack[depth], queued[other] = other, True
                 depth += 1
@@ -179,7 +183,10 @@ def _begin(
             return False
         if at > begin:
             source = s - 1 if k == 0 else s + 1
-            begin, why = at, row_of[s, 0, count] if source == len(spec) else row_of[source, k, count]
+            begin, why = (
+                at,
+                row_of[s, 0, count] if source == len(spec) else row_of[source, k, count],
+            )
         begin += spec[s, RECEIVE + k]
     cause[i] = why
     row_of[s, k, count] = i
@@ -222,7 +229,15 @@ def _hand_over(
 
 @compiled
 def polish(
-    instance: Any, start: Any, best: Any, seed: int, first: int, stop: int, total: int, hot: float, cold: float
+    instance: Any,
+    start: Any,
+    best: Any,
+    seed: int,
+    first: int,
+    stop: int,
+    total: int,
+    hot: float,
+    cold: float,
 ) -> Any:
     """Trials `first` to `stop` of an annealing run of `total`: where it stands, the best so far, and its cost."""
     np.random.seed(seed)

@@ -1,9 +1,10 @@
 """`search`: the best plan that can be found, with its evidence.
 
-Two islands anneal partition, placement and rule together, then polish the order of what they found; a run starts anew
-or from the best so far, and runs grow longer. Between rounds the islands meet: the best is shared, the stop is asked.
-An island is a generator of machine code with the lock released, so that both cores work, and what it does depends
-on the seed and the number of evaluations alone, never on time.
+Two islands anneal partition, placement and rule together, then polish the order of what they found;
+a run starts anew or from the best so far, and runs grow longer. Between rounds the islands meet:
+the best is shared, the stop is asked. An island is a generator of machine code with the lock
+released, so that both cores work, and what it does depends on the seed and the number of
+evaluations alone, never on time.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from adaptis.check import check
 from adaptis.cluster import uniform
 from adaptis.errors import InfeasibleError, PlanError
 from adaptis.lower import lower
-from adaptis.search.anneal import anneal
+from adaptis.search.anneal import anneal, even_out
 from adaptis.search.baselines import BASELINES
 from adaptis.search.bounds import lower_bounds
 from adaptis.search.convert import fixed_of, plan_of
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 ISLANDS = 2
 ROWS_A_PIECE = 1_500_000  # computations simulated between two looks at the clock: 0.2 s
 FIRST_RUN, LONGEST_RUN = 6_000, 60_000  # trials
+EVEN_TRIALS = 5_000  # of layers only, without simulation
 HOT, WARM, COLD = 0.012, 0.003, 0.0003  # temperatures, shares of the step
 
 
@@ -150,7 +152,9 @@ def search(
                 history.append((time.perf_counter() - began, best.cost))
     if best.fixed is None:
         raise _infeasible(instance, best.candidate)
-    return _result(best.fixed, profile, cluster, bounds, evaluated, time.perf_counter() - began, seed, history)
+    return _result(
+        best.fixed, profile, cluster, bounds, evaluated, time.perf_counter() - began, seed, history
+    )
 
 
 def warm_up() -> None:
@@ -161,6 +165,7 @@ def warm_up() -> None:
     instance = make_instance(Profile("", 1, (layer,) * 4), uniform(2), 2)
     _, candidate = starts(instance)[0]
     anneal(instance, candidate, candidate, 0, 0, 1, 1, HOT, COLD, 4)
+    even_out(instance, candidate, 0, 1, 4)
     fixed = fix(instance, candidate)
     polish(instance, fixed, fixed, 0, 0, 1, 1, HOT, COLD)
 
@@ -176,12 +181,12 @@ def _island(
     instance: Instance,
     best: _Incumbent,
     pool: list[tuple[float, Candidate]],
-    seed: int,
+    base_seed: int,
     number: int,
     named: tuple[Fixed, float] | None,
 ) -> Iterator[_Found]:
     """Runs for ever; each `next` is one piece of work. Reads `best`, which changes only between rounds."""
-    random = np.random.default_rng([seed, number])
+    random = np.random.default_rng([base_seed, number])
     if named is not None and number == 0:
         yield from _polish_run(instance, named[0], FIRST_RUN // 2, random)
     for run in range(1 << 30):
@@ -190,6 +195,9 @@ def _island(
             start, hot = best.candidate, WARM
         else:
             start, hot = pool[(2 * run + number) % min(len(pool), 8)][1], HOT
+            if (run + number) % 2:
+                seed = int(random.integers(1 << 31))
+                start = even_out(instance, start, seed, EVEN_TRIALS, most_stages(instance))
         candidate, cost = start, math.inf
         for found in _anneal_run(instance, start, length, hot, random):
             yield found
@@ -213,7 +221,9 @@ def _anneal_run(
     while first < length:
         stop = min(first + _piece(instance, len(current.stop)), length)
         seed = int(random.integers(1 << 31))
-        current, best, least = anneal(instance, current, best, seed, first, stop, length, hot, COLD, most)
+        current, best, least = anneal(
+            instance, current, best, seed, first, stop, length, hot, COLD, most
+        )
         fixed = fix(instance, best) if least < IMPOSSIBLE else None
         yield _Found(stop - first, best, least, fixed, least if fixed is not None else math.inf)
         first = stop
@@ -226,7 +236,9 @@ def _polish_run(
     while first < length:
         stop = min(first + _piece(instance, len(start.stop)), length)
         seed = int(random.integers(1 << 31))
-        current, best, least = polish(instance, current, best, seed, first, stop, length, 0.001, 0.00002)
+        current, best, least = polish(
+            instance, current, best, seed, first, stop, length, 0.001, 0.00002
+        )
         yield _Found(stop - first, fixed=best, cost=least)
         first = stop
 
