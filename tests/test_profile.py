@@ -99,7 +99,9 @@ def test_a_profile_survives_its_file(profile):
     assert profile_from_text(text) == profile
 
 
-@pytest.mark.xfail(reason="profile_to_json leaves an empty model out, which it may not", strict=True)
+@pytest.mark.xfail(
+    reason="profile_to_json leaves an empty model out, which it may not", strict=True
+)
 def test_a_profile_without_a_name_survives_its_file():
     profile = profile_from_json(MINIMAL | {"model": ""})
     assert profile_from_json(profile_to_json(profile)) == profile
@@ -159,11 +161,15 @@ def test_units_hold_one_block_each_with_embedding_and_head_at_the_ends():
     assert chain("embedding", "head").units() == ((0, 1), (1, 2))
 
 
-@given(kinds=st.lists(st.sampled_from(["embedding", "mlp", "moe", "head"]), min_size=1, max_size=12))
+@given(
+    kinds=st.lists(st.sampled_from(["embedding", "mlp", "moe", "head"]), min_size=1, max_size=12)
+)
 def test_units_tile_the_chain_with_one_block_each(kinds):
     profile = chain(*kinds)
     units = profile.units()
-    assert [layer for start, stop in units for layer in range(start, stop)] == list(range(len(kinds)))
+    assert [layer for start, stop in units for layer in range(start, stop)] == list(
+        range(len(kinds))
+    )
     if profile.num_blocks:
         assert len(units) == profile.num_blocks
         inner = [k in ("embedding", "head") for k in kinds]

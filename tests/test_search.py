@@ -30,7 +30,7 @@ PROFILES = Path(__file__).parent / "data" / "profiles"
 
 @st.composite
 def problems(draw, most_layers=8, memory=False):
-    """A profile with everything in it, a cluster of unequal devices, and a number of micro-batches."""
+    """A profile with everything in it, unequal devices, and a number of micro-batches."""
     random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     n = draw(st.integers(1, most_layers))
     seconds = random.uniform(0.1, 3.0, (n, 4)) * random.choice([0.0, 1.0], (n, 4), p=[0.05, 0.95])
@@ -306,8 +306,16 @@ def exhaustive(profile, m):
     return best
 
 
+def inputs(n, k, s, i, ends):
+    if k == 0:
+        return ends.get((0, s - 1, i)) if s else 0.0
+    if k == 1:
+        return ends.get((1, s + 1, i)) if s < n - 1 else ends.get((0, s, i))
+    return ends.get((1, s, i))
+
+
 def best_order(profile, stop, device, m):
-    """Branch and bound over semi-active schedules: a computation begins as early as its device and inputs allow."""
+    """Branch and bound: each computation begins as early as its device and its inputs allow."""
     starts = [0, *stop[:-1]]
     seconds = [
         [
@@ -319,13 +327,6 @@ def best_order(profile, stop, device, m):
     n = len(stop)
     seen: dict[tuple, list] = defaultdict(list)
     best = [np.inf]
-
-    def inputs(k, s, i, ends):
-        if k == 0:
-            return ends.get((0, s - 1, i)) if s else 0.0
-        if k == 1:
-            return ends.get((1, s + 1, i)) if s < n - 1 else ends.get((0, s, i))
-        return ends.get((1, s, i))
 
     def extend(counts, clock, ends):
         if all(c == m for row in counts for c in row):
@@ -347,7 +348,7 @@ def best_order(profile, stop, device, m):
         seen[state].append(figures)
         for s, k in itertools.product(range(n), range(3)):
             i = counts[s][k]
-            at = inputs(k, s, i, ends) if i < m else None
+            at = inputs(n, k, s, i, ends) if i < m else None
             if at is None:
                 continue
             end = max(clock[device[s]], at) + seconds[s][k]

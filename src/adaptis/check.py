@@ -131,7 +131,13 @@ def _written_before_read(program: Program) -> None:
                         f"nothing "
                         f"before it on this device computes or receives"
                     )
-            there.update(program.writes(instruction))
+            for value in program.writes(instruction):
+                if value in there:
+                    raise ProgramError(
+                        f"{where(program, (device, index))}: leaves {_describe(value)}, which is "
+                        f"there already; each value comes to a device once"
+                    )
+                there.add(value)
 
 
 def _describe(value: Value) -> str:

@@ -6,6 +6,7 @@ Unknown keys and wrong types are refused by name.
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -28,13 +29,13 @@ class ModelSection:
 
 @dataclass(frozen=True, slots=True)
 class DataSection:
-    """On which text."""
+    """On which text; what is empty or 0 is as the preset has it."""
 
     text: str = ""  # a file or a folder of text; empty: the Python standard library's sources
-    tokenizer: str = "bpe"  # "bpe" (trained at first use), "bytes", or the path of a tokenizer.json
-    vocabulary: int = 8192  # of the trained tokenizer
-    sequence: int = 256  # tokens
-    batch_size: int = 1  # sequences in a micro-batch
+    tokenizer: str = ""  # "bpe" (trained at first use), "bytes", or the path of a tokenizer.json
+    vocabulary: int = 0  # of the trained tokenizer
+    sequence: int = 0  # tokens
+    batch_size: int = 0  # sequences in a micro-batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,18 +64,20 @@ class Config:
 
 
 _SECTIONS = {"model": ModelSection, "data": DataSection, "train": TrainSection}
-_KINDS = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+_KINDS = {int: "an integer", float: "a finite number", str: "a string", bool: "true or false"}
 _LEAST = {
     ("train", "devices"): 1,
     ("train", "microbatches"): 1,
     ("train", "steps"): 1,
+    ("train", "seed"): 0,
     ("train", "save_every"): 0,
     ("train", "search_seconds"): 0,
     ("train", "learning_rate"): 0,
-    ("data", "sequence"): 1,
-    ("data", "batch_size"): 1,
-    ("data", "vocabulary"): 257,
+    ("data", "vocabulary"): 0,
+    ("data", "sequence"): 0,
+    ("data", "batch_size"): 0,
 }
+_WORDS = ("plan", "folder", "preset")  # strings that cannot be empty
 
 
 def load_config(path: str | Path | None, overrides: dict[str, str] | None = None) -> Config:
@@ -83,16 +86,8 @@ def load_config(path: str | Path | None, overrides: dict[str, str] | None = None
     Raises:
         InputError: one sentence that names the key, what was found and what is needed.
     """
-    value: dict[str, Any] = {}
-    if path is not None:
-        try:
-            value = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InputError(
-                f"{path}: cannot be read ({error.strerror}); give a training file in TOML"
-            ) from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: is no TOML: {error}") from None
+    value = {} if path is None else _read(path)
+    where = str(path) if path is not None else "the options"
     for key, text in (overrides or {}).items():
         section, dot, name = key.partition(".")
         if not dot:
@@ -101,28 +96,44 @@ def load_config(path: str | Path | None, overrides: dict[str, str] | None = None
             )
         entries = value.setdefault(section, {})
         if isinstance(entries, dict):
-            entries[name] = _parsed(text)
-    where = str(path) if path is not None else "the options"
+            entries[name] = _parsed(text, section, name)
     unknown = sorted(value.keys() - _SECTIONS.keys())
     if unknown:
-        raise InputError(
-            f"{where}: unknown section [{unknown[0]}]; there are {', '.join(_SECTIONS)}"
-        )
+        kind = f"section [{unknown[0]}]" if isinstance(value[unknown[0]], dict) else unknown[0]
+        raise InputError(f"{where}: unknown {kind}; there are [{'], ['.join(_SECTIONS)}]")
     return Config(**{name: _section(name, value.get(name, {}), where) for name in _SECTIONS})
 
 
-def _parsed(text: str) -> Any:
-    """An option's text as TOML reads it; a bare word is a string."""
+def _read(path: str | Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); give a training file in TOML"
+        ) from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is not text; give a training file in TOML") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: is no TOML ({error}); correct that line") from None
+    except (RecursionError, ValueError):
+        raise InputError(f"{path}: is no training file; give sections of plain keys") from None
+
+
+def _parsed(text: str, section: str, name: str) -> Any:
+    """An option's text as TOML reads it; a bare word is a string, as is what must be one."""
+    try:
+        value = tomllib.loads(f"x = {text}")["x"]
+    except (tomllib.TOMLDecodeError, ValueError, RecursionError):
         return text
+    kind = _SECTIONS.get(section)
+    wanted = get_type_hints(kind).get(name) if kind else None
+    return text if wanted is str and not isinstance(value, str) else value
 
 
 def _section(name: str, value: object, where: str) -> Any:
     kind = _SECTIONS[name]
     if not isinstance(value, dict):
-        raise InputError(f"{where}: [{name}] must be a section")
+        raise InputError(f"{where}: {name} is {value!r}, a section [{name}] is needed")
     hints = get_type_hints(kind)
     known = [f.name for f in fields(kind)]
     result = {}
@@ -131,31 +142,51 @@ def _section(name: str, value: object, where: str) -> Any:
             raise InputError(
                 f"{where}: unknown key {key!r} in [{name}]; there are {', '.join(known)}"
             )
-        wanted = hints[key]
-        item = float(given) if wanted is float and type(given) is int else given
-        if type(item) is not wanted:
-            raise InputError(f"{where}: {name}.{key} is {item!r}, {_KINDS[wanted]} is needed")
-        least = _LEAST.get((name, key))
-        if least is not None and item < least:
-            raise InputError(f"{where}: {name}.{key} is {item}, at least {least} is needed")
-        result[key] = item
+        result[key] = _item(f"{where}: {name}.{key}", given, hints[key], _LEAST.get((name, key)))
+        if key in _WORDS and not result[key]:
+            raise InputError(f"{where}: {name}.{key} is empty; give one, or leave the key out")
     return kind(**result)
 
 
-def parse_overrides(words: Sequence[str]) -> dict[str, str]:
-    """`--section.key value` and `--section.key=value` as a dictionary."""
-    result: dict[str, str] = {}
+def _item(where: str, given: Any, wanted: Any, least: float | None) -> Any:
+    """The value of one key, checked."""
+    item = given
+    if wanted is float and type(given) is int and abs(given) < 1e300:
+        item = float(given)
+    if type(item) is not wanted or (wanted is float and not math.isfinite(item)):
+        raise InputError(f"{where} is {given!r}, {_KINDS[wanted]} is needed")
+    if least is not None and item < least:
+        raise InputError(f"{where} is {item}, at least {least} is needed")
+    if wanted is int and item >= 1 << 62:
+        raise InputError(f"{where} is {item}, a smaller integer is needed")
+    return item
+
+
+def parse_words(words: Sequence[str]) -> tuple[str | None, dict[str, str]]:
+    """The training file, if one is named, and `--section.key value` or `--section.key=value`.
+
+    Raises:
+        InputError: a word that is neither.
+    """
+    path: str | None = None
+    overrides: dict[str, str] = {}
     left = list(words)
     while left:
         word = left.pop(0)
-        if not word.startswith("--"):
+        if not word.startswith("-"):
+            if path is not None:
+                raise InputError(f"{word}: unexpected, {path} is the training file already")
+            path = word
+            continue
+        key, equals, value = word.removeprefix("--").partition("=")
+        if "." not in key or not word.startswith("--"):
             raise InputError(
-                f"{word}: unexpected; options of the training file are given as --section.key value"
+                f"{word}: no such option; keys of the training file are given as "
+                f"--section.key value"
             )
-        key, equals, value = word[2:].partition("=")
         if not equals:
             if not left or left[0].startswith("--"):
                 raise InputError(f"{word}: a value is missing")
             value = left.pop(0)
-        result[key] = value
-    return result
+        overrides[key] = value
+    return path, overrides

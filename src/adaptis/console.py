@@ -1,19 +1,19 @@
 """What the command line prints: progress on stderr, results as tables on stdout.
 
-Everything printed here can be had as JSON; nothing is computed here.
+Everything printed here can be had as JSON; nothing is computed here. Figures and paths are never
+shortened or broken, however narrow the terminal: a table is plain lines.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.text import Text
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from types import TracebackType
 
     from adaptis.profile import Profile
@@ -29,9 +29,9 @@ class Reporter:
     def __init__(self, prefix: str = "") -> None:
         self.prefix = prefix
         self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=28),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
             console=err,
         )
@@ -58,10 +58,10 @@ class Reporter:
         name = f"{self.prefix}{phase}"
         if not self._live:
             # Without a terminal: a line at the start, in the middle and at the end.
-            quarter = int(4 * done / total) if total else 4
-            if self._told.get(name, -1) < quarter:
-                self._told[name] = quarter
-                err.print(f"{name}: {done:g} of {total:g} {note}".rstrip())
+            half = int(2 * done / total) if total else 2
+            if self._told.get(name, -1) < half:
+                self._told[name] = half
+                warn(f"{name}: {done:.3g} of {total:.3g}{', ' if note else ''}{note}")
             return
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total, note=note)
@@ -73,7 +73,9 @@ class Reporter:
             case "measuring":
                 self.update("measuring layers", data["done"], data["total"])
             case "planning":
-                note = f"best {data['best'] * 1e3:.1f} ms, {data['gap']:.1%} above the bound"
+                note = "nothing fits yet"
+                if data["best"] < float("inf"):
+                    note = f"best {seconds(data['best'])}, {data['gap']:.1%} above the bound"
                 self.update("planning", min(data["seconds"], data["limit"]), data["limit"], note)
             case "reference":
                 note = f"loss {data['loss']:.3f}"
@@ -82,34 +84,47 @@ class Reporter:
                 name = data.get("name")
                 note = f"loss {data['loss']:.3f}"
                 if "seconds" in data:
-                    note += f", {data['seconds'] * 1e3:.0f} ms"
+                    note += f", {seconds(data['seconds'])}"
                 self.update(
                     f"training {name}" if name else "training", data["step"], data["steps"], note
                 )
             case "resumed":
                 self.line(f"resumed from {data['checkpoint']} at step {data['step']}")
+            case "left_out":
+                self.line(f"{data['name']} is left out: {data['reason']}")
 
     def line(self, text: str) -> None:
         """One line beside the progress."""
-        err.print(f"{self.prefix}{text}")
+        warn(f"{self.prefix}{text}")
+
+
+def warn(text: str) -> None:
+    """One line on stderr, as it is."""
+    err.print(text, soft_wrap=True, markup=False)
+
+
+def line(text: str) -> None:
+    """One line on stdout, as it is."""
+    out.print(text, soft_wrap=True, markup=False)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A table on stdout; the first column is a name, the others are figures."""
-    result = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
-    for index, column in enumerate(columns):
-        result.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
-    for row in rows:
-        result.add_row(*row)
-    if out.width < 80 and not sys.stdout.isatty():
-        Console(highlight=False, width=140).print(result)
-    else:
-        out.print(result)
+    listed = [tuple(columns), *map(tuple, rows)]
+    widths = [max(map(len, column)) for column in zip(*listed, strict=True)]
+    if title:
+        out.print(Text(title, style="bold"), soft_wrap=True)
+    for number, row in enumerate(listed):
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        out.print(Text("  ".join(cells), style="" if number else "bold"), soft_wrap=True)
+        if not number:
+            out.print(Text("  ".join("─" * width for width in widths)), soft_wrap=True)
 
 
 def seconds(value: float) -> str:
     """A duration with a sensible unit."""
-    if value >= 1:
+    if value >= 1 or value == 0:
         return f"{value:.4g} s"
     return f"{value * 1e3:.4g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} us"
 
@@ -117,7 +132,7 @@ def seconds(value: float) -> str:
 def size(num_bytes: float) -> str:
     """A number of bytes with a sensible unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024 or unit == "GiB":
+        if num_bytes < 1000 or unit == "GiB":
             break
         num_bytes /= 1024
     return f"{num_bytes:.4g} {unit}"
@@ -125,19 +140,23 @@ def size(num_bytes: float) -> str:
 
 def show_profile(found: Profile) -> None:
     """A profile as a table of its layers."""
+    longest = max(max(layer.forward, layer.backward) for layer in found.layers)
+    largest = max(max(layer.state_bytes, layer.saved_bytes) for layer in found.layers)
+    per, time = (1e3, "ms") if longest >= 1e-3 else (1e6, "us")
+    unit, name = (2**30, "GiB") if largest >= 1000 * 2**20 else (2**20, "MiB")
     table(
-        found.model,
+        f"{found.model}: times in {time}, sizes in {name}",
         ("layer", "kind", "F", "B", "I", "W", "state", "kept"),
         [
             (
                 layer.name,
                 layer.kind,
-                seconds(layer.forward),
-                seconds(layer.backward),
-                seconds(layer.backward_input),
-                seconds(layer.backward_weight),
-                size(layer.state_bytes),
-                size(layer.saved_bytes),
+                f"{layer.forward * per:.3f}",
+                f"{layer.backward * per:.3f}",
+                f"{layer.backward_input * per:.3f}",
+                f"{layer.backward_weight * per:.3f}",
+                f"{layer.state_bytes / unit:.2f}",
+                f"{layer.saved_bytes / unit:.2f}",
             )
             for layer in found.layers
         ],
@@ -145,28 +164,54 @@ def show_profile(found: Profile) -> None:
     split = sum(layer.backward_input + layer.backward_weight for layer in found.layers)
     fused = sum(layer.backward for layer in found.layers)
     extra = found.overheads
-    out.print(
-        f"I + W is {split / fused:.3f} of B; each instruction adds {seconds(extra.forward)} (F), "
-        f"{seconds(extra.backward)} (B)"
+    ratio = f"I + W is {split / fused:.3f} of B; " if fused else ""
+    line(
+        f"{ratio}each instruction adds {seconds(extra.forward)} (F), {seconds(extra.backward)} (B)"
     )
+
+
+def show_comparison(result: Mapping[str, Any], assumed: str) -> None:
+    """Every schedule beside the plan."""
+    line(assumed)
+    best = result["results"][-1]["step_seconds"]
+    bound = result["lower_bound_seconds"]
+    table(
+        "",
+        ("schedule", "step", "above bound", "vs adaptis", "bubble", "peak", "fits"),
+        [
+            (
+                row["name"],
+                seconds(row["step_seconds"]),
+                _above(row["step_seconds"], bound),
+                f"{row['step_seconds'] / best:.2f}x" if best else "",
+                f"{row['bubble_fraction']:.1%}",
+                _peak(max(row["peak_bytes"])),
+                "yes" if row["fits"] else "no",
+            )
+            for row in result["results"]
+        ],
+    )
+    for name, reason in result["not_applicable"].items():
+        line(f"{name}: {reason}")
+    line(f"lower bound {seconds(bound)}")
 
 
 def show_timeline(answer: Timeline, count: int, assumed: str, bound: float) -> None:
     """Idle time by cause and memory per device, then the drawing."""
     from adaptis.timeline import CAUSES
 
-    out.print(f"{answer.name}: {assumed}, {count} micro-batches", soft_wrap=True)
+    line(f"{answer.name}: {assumed}, {count} micro-batches")
     bubbles, busy = answer.bubbles(), answer.busy()
     table(
         f"step {seconds(answer.step)}, bubble {answer.bubble_fraction:.1%}, "
-        f"{answer.step / bound - 1:.1%} above the bound",
-        ("device", "busy", *CAUSES, "peak memory"),
+        f"{_above(answer.step, bound)} above the bound",
+        ("device", "busy", *CAUSES, "peak"),
         [
             (
                 str(d),
                 seconds(busy[d]),
                 *(seconds(bubbles[d][cause]) for cause in CAUSES),
-                size(answer.peak_bytes[d]) if answer.peak_bytes else "",
+                _peak(answer.peak_bytes[d]) if answer.peak_bytes else "?",
             )
             for d in range(answer.num_devices)
         ],
@@ -174,13 +219,27 @@ def show_timeline(answer: Timeline, count: int, assumed: str, bound: float) -> N
     draw_timeline(answer)
 
 
+def _above(step: float, bound: float) -> str:
+    return f"{step / bound - 1:.1%}" if bound else "0.0%"
+
+
+def _peak(num_bytes: float) -> str:
+    return size(num_bytes) if num_bytes else "?"  # the profile holds no sizes
+
+
+def show_training(result: Mapping[str, Any]) -> None:
+    """What a run has reached."""
+    for key in ("step", "loss_first", "loss_last"):
+        if result[key] is not None:
+            line(f"{key.replace('_', ' ')}: {result[key]:.6g}")
+    if result["step_seconds"] is not None:
+        line(f"step time: {seconds(result['step_seconds'])} (median)")
+    if result["checkpoint"]:
+        line(f"checkpoint: {result['checkpoint']}")
+
+
 def draw_timeline(timeline: Timeline) -> None:
     """The timeline as text, as wide as the terminal."""
     from adaptis.report.text import draw
 
-    out.print(
-        draw(timeline, width=max(60, min(out.width, 160))),
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
+    line(draw(timeline, width=max(60, min(out.width, 160))))

@@ -54,7 +54,8 @@ class Entry:
     """One contestant on one model."""
 
     plan: Plan
-    predicted: Timeline
+    planned_step: float  # seconds, predicted before the race
+    predicted: Timeline  # from the layers as measured during the race
     measured: Timeline  # of the step of median length
     step_seconds: tuple[float, ...]  # of every timed step
     losses: tuple[float, ...]
@@ -103,6 +104,7 @@ class Outcome:
             "contestants": [
                 {
                     "name": entry.plan.schedule,
+                    "planned_step_seconds": entry.planned_step,
                     "predicted_step_seconds": entry.predicted.step,
                     "measured_step_seconds": entry.measured_step,
                     "prediction_error": entry.error,
@@ -172,16 +174,23 @@ def run_model(
 
 
 def _outcome(preset: str, result: dict[str, Any]) -> Outcome:
-    profile, cluster = profile_from_json(result["profile"]), cluster_from_json(result["cluster"])
+    cluster = cluster_from_json(result["cluster"])
+    before = profile_from_json(result["profile"])
+    during = profile_from_json(result["profile_during_race"])
     entries = []
     for value, found in zip(result["plans"], result["contestants"], strict=True):
         plan = plan_from_json(value)
-        predicted = simulate_plan(plan, profile, cluster)
-        measured = timeline_from_json(found["timeline"])
         entries.append(
-            Entry(plan, predicted, measured, tuple(found["step_seconds"]), tuple(found["losses"]))
+            Entry(
+                plan=plan,
+                planned_step=simulate_plan(plan, before, cluster).step,
+                predicted=simulate_plan(plan, during, cluster),
+                measured=timeline_from_json(found["timeline"]),
+                step_seconds=tuple(found["step_seconds"]),
+                losses=tuple(found["losses"]),
+            )
         )
-    return Outcome(preset, profile, cluster, tuple(result["reference_losses"]), tuple(entries))
+    return Outcome(preset, during, cluster, tuple(result["reference_losses"]), tuple(entries))
 
 
 def write_outputs(outcomes: list[Outcome], folder: Path) -> dict[str, Any]:
@@ -226,16 +235,7 @@ def _labelled(outcome: Outcome) -> list[Timeline]:
     return result
 
 
-COLUMNS = (
-    "contestant",
-    "predicted",
-    "measured",
-    "error",
-    "bubble pred.",
-    "bubble meas.",
-    "peak pred.",
-    "speed-up",
-)
+COLUMNS = ("contestant", "predicted", "measured", "error", "bubble", "peak", "speed-up")
 
 
 def rows(outcome: Outcome) -> list[tuple[str, ...]]:
@@ -247,8 +247,7 @@ def rows(outcome: Outcome) -> list[tuple[str, ...]]:
             seconds(entry.predicted.step),
             seconds(entry.measured_step),
             f"{entry.error:+.1%}",
-            f"{entry.predicted.bubble_fraction:.1%}",
-            f"{entry.measured.bubble_fraction:.1%}",
+            f"{entry.predicted.bubble_fraction:.0%} / {entry.measured.bubble_fraction:.0%}",
             size(max(entry.predicted.peak_bytes)),
             f"{base / entry.measured_step:.2f}x",
         )

@@ -68,21 +68,22 @@ def measure_profile(
 
 def _rank(seat: Seat, connection: Connection, job: _Job) -> tuple[Profile, Cluster]:
     from adaptis.execute.data import TextBatches
-    from adaptis.execute.prepare import measure
+    from adaptis.execute.prepare import Measurement
     from adaptis.execute.train import adamw
     from adaptis.execute.world import seated
     from adaptis.measure.zoo import load_preset
 
     with seated(seat, connection) as world:
         batches = TextBatches(1, job.batch_size, job.sequence, job.tokenizer, job.vocabulary)
-        found = measure(
+        measurement = Measurement(
             world,
             load_preset(job.preset),
             batches(0)[0],
             optimizer=adamw(),
             num_microbatches=job.num_microbatches,
-            rounds=job.rounds,
         )
+        measurement.rounds(job.rounds)
+        found = measurement.result()
         return found.profile, found.cluster
 
 

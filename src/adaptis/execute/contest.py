@@ -2,7 +2,9 @@
 
 Every contestant trains its own copy of the same weights on the same batches in the same processes;
 so does a plain single process, and the losses must agree. Alternating spreads the machine's noise
-over all of them alike.
+over all of them alike. The layers are measured twice: before, to plan with, and again one round
+after each step of the race, so that a prediction can be held against its measurement under the same
+weather.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from adaptis.cluster import cluster_to_json
-from adaptis.execute.prepare import measure, share
+from adaptis.execute.prepare import Measurement
 from adaptis.execute.reference import Reference
 from adaptis.execute.session import Session
 from adaptis.execute.world import World, seated
@@ -58,18 +60,16 @@ def run_contest(world: World, contest: Contest) -> dict[str, Any] | None:
     world.phase("building the model")
     model = contest.model()
     first = contest.batches(0)
-    measured = share(
+    measurement = Measurement(
         world,
-        measure(
-            world,
-            model,
-            first[0],
-            optimizer=contest.optimizer,
-            num_microbatches=contest.num_microbatches,
-            rounds=contest.rounds,
-            seed=contest.seed,
-        ),
+        model,
+        first[0],
+        optimizer=contest.optimizer,
+        num_microbatches=contest.num_microbatches,
+        seed=contest.seed,
     )
+    measurement.rounds(contest.rounds)
+    measured = measurement.result()
     world.phase("planning" if world.rank == 0 else "waiting for the plan")
     world.say("profile", profile=profile_to_json(measured.profile))
     text = None
@@ -78,11 +78,14 @@ def run_contest(world: World, contest: Contest) -> dict[str, Any] | None:
         text = json.dumps([plan_to_json(plan) for plan in plans])
     plans = [plan_from_json(value) for value in json.loads(world.broadcast(text))]
     reference = _reference(world, model, contest)
-    results = _race(world, model, plans, contest)
+    measurement.meter.forget()
+    results = _race(world, model, plans, contest, measurement)
+    raced = measurement.result()
     if world.rank:
         return None
     return {
         "profile": profile_to_json(measured.profile),
+        "profile_during_race": profile_to_json(raced.profile),
         "cluster": cluster_to_json(measured.cluster),
         "plans": [plan_to_json(plan) for plan in plans],
         "reference_losses": reference,
@@ -104,7 +107,11 @@ def _reference(world: World, model: TorchModel, contest: Contest) -> list[float]
 
 
 def _race(
-    world: World, model: TorchModel, plans: list[Plan], contest: Contest
+    world: World,
+    model: TorchModel,
+    plans: list[Plan],
+    contest: Contest,
+    measurement: Measurement,
 ) -> list[dict[str, Any]]:
     """All contestants, one step of each in turn."""
     world.phase("building stages")
@@ -132,6 +139,8 @@ def _race(
                 steps=contest.steps,
                 loss=result.loss,
             )
+        world.barrier()
+        measurement.meter.round(keep=step >= contest.warmup)
     world.phase("collecting timelines")
     results = []
     for key, session in enumerate(sessions):

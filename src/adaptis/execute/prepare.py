@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from adaptis.cluster import Cluster, Device, cluster_from_json, cluster_to_json
 from adaptis.errors import InputError
-from adaptis.measure.layers import measure_layers
-from adaptis.measure.links import measure_links
+from adaptis.measure.layers import LayerMeter
+from adaptis.measure.links import LinkCost, measure_links
 from adaptis.profile import LayerCost, Overheads, Profile, profile_from_json, profile_to_json
 
 if TYPE_CHECKING:
@@ -25,57 +25,70 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What was found out on this machine."""
+    """What was found out on this machine, the same on every rank."""
 
     profile: Profile
     cluster: Cluster
 
 
-def measure(
-    world: World,
-    model: TorchModel,
-    microbatch: Microbatch,
-    *,
-    optimizer: Optimizer,
-    num_microbatches: int,
-    rounds: int = 9,
-    seed: int = 0,
-) -> Measured:
-    """Measure layers on all ranks at once, as they will compute, and the links between them.
+class Measurement:
+    """All ranks measuring at once, as they will compute, and the links between them."""
 
-    Raises:
-        InputError: the model has fewer layers than there are devices.
-    """
-    if len(model.layers) < world.size:
-        raise InputError(
-            f"{world.size} devices for {len(model.layers)} layers: each device needs a layer; "
-            f"use at most {len(model.layers)} devices"
+    def __init__(
+        self,
+        world: World,
+        model: TorchModel,
+        microbatch: Microbatch,
+        *,
+        optimizer: Optimizer,
+        num_microbatches: int,
+        seed: int = 0,
+    ) -> None:
+        """Build the layers; every rank does this.
+
+        Raises:
+            InputError: the model has fewer layers than there are devices.
+        """
+        if len(model.layers) < world.size:
+            raise InputError(
+                f"{world.size} devices for {len(model.layers)} layers: each device needs a layer; "
+                f"use at most {len(model.layers)} devices"
+            )
+        world.phase("measuring layers")
+        self._world, self._num_microbatches = world, num_microbatches
+        self.meter = LayerMeter(
+            model, microbatch, optimizer=optimizer, seed=seed, offset=world.rank / world.size
         )
-    world.phase("measuring layers")
-    profile = measure_layers(
-        model,
-        microbatch,
-        optimizer=optimizer,
-        rounds=rounds,
-        seed=seed,
-        together=world.barrier,
-        progress=lambda done, total: world.say("measuring", done=done, total=total),
-    )
-    parts = [
-        profile_from_json(json.loads(text))
-        for text in world.gather(json.dumps(profile_to_json(profile)))
-    ]
-    world.phase("measuring links")
-    cost = measure_links(max(layer.output_bytes for layer in profile.layers))
-    profile = replace(
-        mean_profile(parts),
-        devices=world.size,
-        microbatches=num_microbatches,
-        source=f"{profile.source}, in {world.size} process(es) at once",
-    )
-    extra = replace(profile.overheads, send=cost.send, receive=cost.receive)
-    profile = replace(profile, overheads=extra)
-    return Measured(profile, Cluster((Device(),) * world.size, cost.link, cost.link))
+        self._links: LinkCost | None = None
+
+    def rounds(self, count: int) -> None:
+        """Time each layer `count` times."""
+        for done in range(count):
+            self._world.barrier()
+            self.meter.round()
+            self._world.say("measuring", done=done + 1, total=count)
+
+    def result(self) -> Measured:
+        """The mean of all ranks' medians, and the links; rank 0's figures, on every rank."""
+        world = self._world
+        own = self.meter.profile()
+        texts = world.gather(json.dumps(profile_to_json(own)))
+        profile = mean_profile([profile_from_json(json.loads(text)) for text in texts])
+        if self._links is None:
+            world.phase("measuring links")
+            self._links = measure_links(max(layer.output_bytes for layer in profile.layers))
+        cost = self._links
+        profile = replace(
+            profile,
+            overheads=replace(profile.overheads, send=cost.send, receive=cost.receive),
+            devices=world.size,
+            microbatches=self._num_microbatches,
+            source=f"{own.source}, in {world.size} process(es) at once",
+        )
+        cluster = Cluster((Device(),) * world.size, cost.link, cost.link)
+        text = json.dumps([profile_to_json(profile), cluster_to_json(cluster)])
+        values = json.loads(world.broadcast(text))
+        return Measured(profile_from_json(values[0]), cluster_from_json(values[1]))
 
 
 def mean_profile(parts: Sequence[Profile]) -> Profile:
@@ -98,10 +111,3 @@ def _mean(values: Sequence[float]) -> float:
 
 def _with_times(layer: LayerCost, times: dict[str, float]) -> LayerCost:
     return replace(layer, **times)  # pyrefly: ignore[bad-argument-type]
-
-
-def share(world: World, measured: Measured) -> Measured:
-    """Rank 0's figures, on every rank."""
-    text = json.dumps([profile_to_json(measured.profile), cluster_to_json(measured.cluster)])
-    profile, cluster = json.loads(world.broadcast(text))
-    return Measured(profile_from_json(profile), cluster_from_json(cluster))

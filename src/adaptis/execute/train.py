@@ -19,7 +19,7 @@ from adaptis.cluster import cluster_to_json
 from adaptis.errors import InputError
 from adaptis.execute import checkpoint
 from adaptis.execute.launch import launch
-from adaptis.execute.prepare import Measured, measure, share
+from adaptis.execute.prepare import Measured, Measurement
 from adaptis.execute.session import Session
 from adaptis.execute.world import World, launched, seated, under_torchrun
 from adaptis.files import write_json
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from adaptis.execute.launch import Seat
     from adaptis.execute.session import Optimizer
     from adaptis.measure.stage import Microbatch, TorchModel
+
+ROUNDS = 9  # how often each layer is timed before the plan is made
 
 
 def adamw(learning_rate: float = 1e-3) -> Optimizer:
@@ -175,7 +177,7 @@ def run(world: World, job: Job) -> Result:
 
 def _plan(world: World, model: TorchModel, job: Job) -> tuple[Measured, Plan]:
     first = job.batches(0)
-    found = measure(
+    measurement = Measurement(
         world,
         model,
         first[0],
@@ -183,7 +185,8 @@ def _plan(world: World, model: TorchModel, job: Job) -> tuple[Measured, Plan]:
         num_microbatches=len(first),
         seed=job.seed,
     )
-    measured = share(world, found)
+    measurement.rounds(ROUNDS)
+    measured = measurement.result()
     world.say("profile", profile=profile_to_json(measured.profile))
     world.phase("planning" if world.rank == 0 else "waiting for the plan")
     text = None

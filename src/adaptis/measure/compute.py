@@ -115,7 +115,7 @@ class _Routed:
     layer: nn.Linear
     switch: _Switch
 
-    def __call__(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name for it
+    def __call__(self, input: Tensor) -> Tensor:
         weight, bias = self.layer.weight, self.layer.bias
         if self.switch.split and torch.is_grad_enabled():
             return _SplitLinear.apply(input, weight, bias, self.switch)

@@ -9,8 +9,8 @@ A stage also costs something per instruction, whatever its layers (a Hugging Fac
 masks and rotary tables each time). It is found from a run of k layers: overhead = (sum of the
 single times - time of the run) / (k - 1).
 
-Where several processes will compute side by side, measure in as many at once (`together`): they
-share caches and memory bandwidth.
+Where several processes will compute side by side, measure in as many at once: they share caches
+and memory bandwidth.
 """
 
 from __future__ import annotations
@@ -61,50 +61,75 @@ class _Subject:
         return median(self.seconds[letter])
 
 
-def measure_layers(
-    model: TorchModel,
-    microbatch: Microbatch,
-    *,
-    optimizer: Optimizer,
-    rounds: int = 9,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    together: Callable[[], None] = lambda: None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Profile:
-    """Measure every distinct layer of `model` on `microbatch`.
+class LayerMeter:
+    """The layers of one model under measurement: rounds whenever it suits, then a profile."""
 
-    Args:
-        model: the chain.
-        microbatch: an ordinary one; the profile's unit.
-        optimizer: makes the optimizer whose step is timed.
-        rounds: how often each layer is timed; medians are kept.
-        seed: of the initial weights.
-        device: where to compute.
-        together: called before each round, to keep measuring processes in step.
-        progress: called with (rounds done, rounds in all).
-    """
-    weight = 1.0 / model.weight(microbatch)
-    singles, run = _subjects(model, microbatch, weight, seed, device)
-    subjects = [*singles.values(), *([run] if run else [])]
-    for count in range(WARMUP + rounds):
-        together()
-        for subject in subjects:
-            _round(subject, microbatch, weight, keep=count >= WARMUP)
-        progress(count + 1, WARMUP + rounds)
-    for subject in singles.values():
-        _sizes(subject, microbatch, weight)
-        _update(subject, optimizer)
-    overheads = _overheads(model, singles, run)
-    return Profile(
-        model=model.name,
-        tokens_per_microbatch=max(1, round(model.weight(microbatch))),
-        layers=tuple(_cost(model, i, singles, overheads) for i in range(len(model.layers))),
-        overheads=Overheads(**{_FIELDS[letter]: seconds for letter, seconds in overheads.items()}),
-        shared=_shared(model, seed),
-        source=f"measured by adaptis: median of {rounds} rounds",
-        machine=f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {device}",
-    )
+    def __init__(
+        self,
+        model: TorchModel,
+        microbatch: Microbatch,
+        *,
+        optimizer: Optimizer,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        offset: float = 0.0,
+    ) -> None:
+        """Build every distinct layer of `model`, with the input that reaches it.
+
+        Args:
+            model: the chain.
+            microbatch: an ordinary one; the profile's unit.
+            optimizer: makes the optimizer whose step is timed.
+            seed: of the initial weights.
+            device: where to compute.
+            offset: 0 to 1, where in the chain a round begins: processes that measure side by side
+                should not all be at the same layer, for they will not be in training.
+        """
+        self._model, self._microbatch, self._seed, self._device = model, microbatch, seed, device
+        self._weight = 1.0 / model.weight(microbatch)
+        self._singles, self._run = _subjects(model, microbatch, self._weight, seed, device)
+        subjects = [*self._singles.values(), *([self._run] if self._run else [])]
+        first = int(offset * len(subjects))
+        self._subjects = subjects[first:] + subjects[:first]
+        for _ in range(WARMUP):
+            self.round(keep=False)
+        for subject in self._singles.values():
+            _sizes(subject, microbatch, self._weight)
+            _update(subject, optimizer)
+
+    def round(self, *, keep: bool = True) -> None:
+        """Time each layer once."""
+        for subject in self._subjects:
+            _round(subject, self._microbatch, self._weight, keep=keep)
+
+    def forget(self) -> None:
+        """Start the rounds anew."""
+        for subject in self._subjects:
+            for times in subject.seconds.values():
+                times.clear()
+
+    def profile(self) -> Profile:
+        """The medians of the rounds so far."""
+        model = self._model
+        overheads = _overheads(model, self._singles, self._run)
+        rounds = len(next(iter(self._singles.values())).seconds["F"])
+        return Profile(
+            model=model.name,
+            tokens_per_microbatch=max(1, round(model.weight(self._microbatch))),
+            layers=tuple(
+                _cost(model, i, self._singles, overheads) for i in range(len(model.layers))
+            ),
+            overheads=Overheads(
+                **{_FIELDS[letter]: seconds for letter, seconds in overheads.items()}
+            ),
+            shared=_shared(model, self._seed),
+            source=f"measured by adaptis: median of {rounds} rounds",
+            machine=_machine(self._device),
+        )
+
+
+def _machine(device: torch.device | str) -> str:
+    return f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {device}"
 
 
 _FIELDS = {"F": "forward", "B": "backward", "I": "backward_input", "W": "backward_weight"}

@@ -120,7 +120,7 @@ def seeded(seed: int, name: str) -> Iterator[None]:
 
 
 def shapes(parameters: Mapping[str, Tensor]) -> str:
-    """Names, shapes and types in one line, for signatures; a frozen one costs less than a trained."""
+    """Names, shapes and types in one line, for signatures; frozen ones cost less."""
     return ", ".join(
         f"{name} {tuple(p.shape)} {p.dtype}{'' if p.requires_grad else ' frozen'}"
         for name, p in parameters.items()

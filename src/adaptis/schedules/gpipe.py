@@ -13,11 +13,13 @@ if TYPE_CHECKING:
 def gpipe(
     rank: int, num_ranks: int, num_microbatches: int, num_chunks: int = 1
 ) -> Iterator[Compute]:
-    """All forwards, then all backwards: the simplest order, and the most activations. ::
+    """All forwards, then all backwards: the simplest order, and the most activations.
 
-        rank 0 | F0 F1 F2 F3                   B0 -- B1 -- B2 -- B3 --
-        rank 1 |    F0 F1 F2 F3          B0 -- B1 -- B2 -- B3 --
-        rank 2 |       F0 F1 F2 F3 B0 -- B1 -- B2 -- B3 --
+    Drawn for p = 3, m = 4, B = 2 F: ::
+
+        rank 0 | F0 F1 F2 F3                   B0--- B1--- B2--- B3---
+        rank 1 |    F0 F1 F2 F3          B0--- B1--- B2--- B3---
+        rank 2 |       F0 F1 F2 F3 B0--- B1--- B2--- B3---
 
     Bubble (p - 1)(F + B); every rank holds all m micro-batches.
 

@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 def interleaved(
     rank: int, num_ranks: int, num_microbatches: int, num_chunks: int
 ) -> Iterator[Compute]:
-    """1F1B over v chunks per rank; stage c p + r is chunk c of rank r. p = 2, v = 2, m = 4: ::
+    """1F1B over v chunks per rank; stage c p + r is chunk c of rank r.
 
-        rank 0 | 0F0 0F1 2F0 2F1 0F2     2B0 --- 0F3 2B1 --- 2F2 0B0 --- 2F3 0B1 --- 2B2 --- 2B3
-        --- 0B2 --- 0B3 --- rank 1 |     1F0 1F1 3F0 3B0 --- 3F1 3B1 --- 1F2 1B0 --- 1F3 1B1 ---
-        3F2 3B2 --- 3F3 3B3 --- 1B2 --- 1B3 ---
+    Drawn for p = 2, m = 2, v = 2, B = 2 F: ::
+
+        rank 0 | 0F0 0F1 2F0 2F1         2B0----     2B1---- 0B0---- 0B1----
+        rank 1 |     1F0 1F1 3F0 3B0---- 3F1 3B1---- 1B0---- 1B1----
 
     Micro-batches go in groups of p, so m must be a multiple of p. Bubble (p - 1)(F + B) / v of the
     rank's work; rank 0 holds p v + p - 1 chunks. With one chunk it is 1F1B.

@@ -13,11 +13,13 @@ if TYPE_CHECKING:
 def one_f_one_b(
     rank: int, num_ranks: int, num_microbatches: int, num_chunks: int = 1
 ) -> Iterator[Compute]:
-    """Warm up, then one forward for one backward. ::
+    """Warm up, then one forward for one backward.
 
-        rank 0 | F0 F1 F2             B0 -- F3 B1 --    B2 --    B3 --
-        rank 1 |    F0 F1       B0 -- F2 B1 -- F3 B2 --    B3 --
-        rank 2 |       F0 B0 -- F1 B1 -- F2 B2 -- F3 B3 --
+    Drawn for p = 3, m = 4, B = 2 F: ::
+
+        rank 0 | F0 F1 F2             B0--- F3 B1---    B2---    B3---
+        rank 1 |    F0 F1       B0--- F2 B1--- F3 B2---    B3---
+        rank 2 |       F0 B0--- F1 B1--- F2 B2--- F3 B3---
 
     Bubble as GPipe's, (p - 1)(F + B); rank r holds at most p - r micro-batches.
 

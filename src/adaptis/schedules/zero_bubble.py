@@ -13,9 +13,11 @@ if TYPE_CHECKING:
 def zb_h1(
     rank: int, num_ranks: int, num_microbatches: int, num_chunks: int = 1
 ) -> Iterator[Compute]:
-    """1F1B with the backward split; W waits until more than r of them are due. ::
+    """1F1B with the backward split; W waits until more than r of them are due.
 
-        rank 0 | F0 F1 F2       I0 W0 F3 I1 W1    I2 W2 I3 W3
+    Drawn for p = 3, m = 4, F = I = W: ::
+
+        rank 0 | F0 F1 F2       I0 W0 F3 I1 W1 I2 W2 I3 W3
         rank 1 |    F0 F1    I0 F2 I1 W0 F3 I2 W1 I3 W2 W3
         rank 2 |       F0 I0 F1 I1 F2 I2 W0 F3 I3 W1 W2 W3
 

@@ -1,4 +1,4 @@
-"""The planner: partition, placement and order together, by simulated step time, beside what others do."""
+"""The planner: partition, placement and order together, beside what others do."""
 
 from __future__ import annotations
 

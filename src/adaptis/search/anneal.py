@@ -1,4 +1,4 @@
-"""Simulated annealing over partition, placement and rule: one piece of a run at a time, all in machine code."""
+"""Simulated annealing over partition, placement and rule, one piece of a run at a time."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def anneal(
 
 @compiled
 def even_out(instance: Any, start: Any, seed: int, trials: int, most_stages: int) -> Any:
-    """`start` with its layers dealt out so that the busiest device has less to do; annealed without simulating."""
+    """`start` with its layers dealt out more evenly; annealed on sums, without simulating."""
     np.random.seed(seed)
     current, best = start, start
     state = np.zeros((len(instance.slowness), 5))
@@ -69,7 +69,7 @@ def even_out(instance: Any, start: Any, seed: int, trials: int, most_stages: int
 
 @compiled
 def _unfairness(instance: Any, candidate: Any, state: Any) -> float:
-    """Seconds of the busiest device on one micro-batch, dearer with every stage; fills column WORKED."""
+    """The busiest device's seconds, dearer with every stage; fills column WORKED."""
     state[:, WORKED] = loads(instance, candidate)
     load = state[:, WORKED].max() * (1 + STAGE_COST * len(candidate.stop) / len(state))
     if np.min(instance.memory) == np.inf:

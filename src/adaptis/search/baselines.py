@@ -1,4 +1,4 @@
-"""What others do: the named schedules with the cuts that frameworks use, or the best of a family."""
+"""What others do: named schedules with the cuts that frameworks use, or the best of a family."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def interleaved_tuned(profile: Profile, cluster: Cluster, num_microbatches: int)
 
 
 def uneven(profile: Profile, cluster: Cluster, num_microbatches: int) -> Plan:
-    """1F1B over the best contiguous cut: seeds with the lightest heaviest stage, then layer by layer.
+    """1F1B over the best contiguous cut: lightest heaviest stages first, then layer by layer.
 
     Raises:
         PlanError: fewer layers than devices.

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from adaptis.profile import Profile
 
 
+ROUNDING = 1e-9  # bounds and simulations add in different orders
+
+
 @dataclass(frozen=True, slots=True)
 class Bound:
     """One reason why a step takes at least `seconds`."""
@@ -47,7 +50,8 @@ class Bounds:
 
     def gap(self, step: float) -> float:
         """How far `step` seconds are above the bound, as a share of it."""
-        return max(step / self.value - 1.0, 0.0) if self.value > 0 else 0.0
+        gap = step / self.value - 1.0 if self.value > 0 else 0.0
+        return gap if gap > ROUNDING else 0.0
 
 
 def lower_bounds(profile: Profile, cluster: Cluster, num_microbatches: int) -> Bounds:
@@ -93,12 +97,12 @@ def lower_bounds(profile: Profile, cluster: Cluster, num_microbatches: int) -> B
             Bound(
                 "layer",
                 float(heavy[at]),
-                f"{layers[at].name} alone is {share:.2f}x the average device's work and cannot be divided",
+                f"{layers[at].name} alone is {share:.2f}x the average device's work, indivisible",
             ),
             Bound(
                 "packing",
                 fair,
-                f"layers cannot be divided: dealt out as evenly as can be, one device has {fair:.6g} s",
+                f"whole layers, dealt out as evenly as can be, leave {fair:.6g} s to one device",
             ),
             Bound(
                 "path",
@@ -111,7 +115,7 @@ def lower_bounds(profile: Profile, cluster: Cluster, num_microbatches: int) -> B
 
 def _work(total: float, per_device: float, speeds: NDArray[np.float64]) -> NDArray[np.float64]:
     """Seconds at speed 1 if 1, 2, ... devices are used: each runs at least one stage."""
-    return total + per_device * np.arange(1, len(speeds) + 1)
+    return np.asarray(total + per_device * np.arange(1, len(speeds) + 1), dtype=np.float64)
 
 
 def _fill(
@@ -141,11 +145,10 @@ def _packing(
     extra: float,
     cluster: Cluster,
 ) -> float:
-    """The fairest deal of whole layers; on equal devices the k-th to begin waits for k layers besides."""
+    """The fairest deal of whole layers; on equal devices the k-th to begin waits for k layers."""
     slowness = np.array([1.0 / device.speed for device in cluster.devices])
     waits = np.zeros(len(slowness))
     if np.ptp(slowness) == 0:
         starts = (reach + extra * (np.arange(len(reach)) > 0)) * slowness[0]
         waits[: len(starts)] = starts[: len(waits)]
-    # The program adds in another order than the simulator.
-    return fairest(work, slowness, waits, per_device) * (1 - 1e-12)
+    return fairest(work, slowness, waits, per_device)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def explain(
     plan: Plan, timeline: Timeline, bounds: Bounds, memory_bytes: Sequence[float]
 ) -> list[str]:
-    """A line per device: layers, work, idle time by cause, memory; then the bound, and what limits further gain."""
+    """A line per device (layers, work, idle by cause, memory), the bound, and what limits it."""
     busy = timeline.busy()
     lines = []
     for d, bubbles in enumerate(timeline.bubbles()):
@@ -28,8 +28,8 @@ def explain(
     binding = bounds.binding
     gap = bounds.gap(timeline.step)
     lines.append(
-        f"step {1e3 * timeline.step:.1f} ms, {100 * gap:.1f} % above the lower bound of {1e3 * binding.seconds:.1f} ms "
-        f"({binding.name}: {binding.reason})"
+        f"step {1e3 * timeline.step:.1f} ms, {100 * gap:.1f} % above the lower bound of "
+        f"{1e3 * binding.seconds:.1f} ms ({binding.name}: {binding.reason})"
     )
     lines.append(_limit(timeline, bounds, memory_bytes))
     return lines
@@ -55,7 +55,8 @@ def _limit(timeline: Timeline, bounds: Bounds, memory_bytes: Sequence[float]) ->
         if math.isfinite(limit) and timeline.peak_bytes and timeline.peak_bytes[d] > 0.97 * limit
     ]
     if tight:
-        return f"limited by memory on device {', '.join(map(str, tight))}: fewer micro-batches fit than would help"
+        devices = ", ".join(map(str, tight))
+        return f"limited by memory on device {devices}: fewer micro-batches fit than would help"
     idle: dict[str, float] = {"unequal work": most - mean}
     for bubbles in timeline.bubbles():
         for cause, seconds in bubbles.items():

@@ -31,7 +31,8 @@ IMPOSSIBLE = 1e9  # seconds; what does not fit costs more
 # Columns of a stage's row in `spec`; those with three kinds take three columns.
 SECONDS, RANK, TAKES, RECEIVE, BUSY, LATENCY, ROOM, LIMIT, SPLIT = 0, 3, 6, 9, 11, 13, 15, 16, 17
 NUM_SPEC = 18
-# Columns of a device's row in `state`: when it is free, bytes held, seconds worked, when it began, when its choice begins.
+# Columns of a device's row in `state`: when it is free, bytes held, seconds worked, when it
+# began, when its choice begins.
 CLOCK, HELD, WORKED, FIRST, WHEN = range(5)
 # Columns of a device's row in `choice`: kind that ran last, the next kind, and its stage.
 LAST, KIND, STAGE = range(3)
@@ -65,7 +66,7 @@ def evaluate(instance: Any, candidate: Any) -> float:
 
 @compiled
 def assess(instance: Any, candidate: Any, limit: float) -> Any:
-    """As `evaluate`, and how each device fared: (D, 5), columns CLOCK to WHEN; inf where it is above `limit`."""
+    """As `evaluate`, or inf above `limit`; and how each device fared, columns CLOCK to WHEN."""
     tables = price(instance, candidate.stop, candidate.device)
     missing = lacks(instance, candidate.device, tables)
     if missing > 0:
@@ -77,7 +78,7 @@ def assess(instance: Any, candidate: Any, limit: float) -> Any:
 
 @compiled
 def lacks(instance: Any, device: Any, tables: Any) -> float:
-    """What the devices miss to hold their layers and one micro-batch, as a share of their memory."""
+    """What devices miss to hold their layers and one micro-batch, as a share of their memory."""
     held = tables.static.copy()
     for s in range(len(device)):
         held[device[s]] += max(tables.saved[s], tables.kept[s])
@@ -98,7 +99,7 @@ def list_schedule(instance: Any, candidate: Any, tables: Any, limit: float) -> A
     m, device, split = instance.num_microbatches, candidate.device, candidate.split
     spec, target = make_spec(instance, device, split, candidate.limit, tables)
     period, alternate = _priorities(candidate, tables, spec)
-    hosted, hosted_offsets, offsets = _layout(m, num_devices, device, split)
+    hosted, homes, offsets = _layout(m, num_devices, device, split)
     kinds, stages = np.empty(offsets[-1], np.int8), np.empty(offsets[-1], np.int32)
     counts = np.zeros((num_stages, 3), np.int64)
     arrived = np.full((num_stages, 2, m), np.inf)
@@ -110,23 +111,9 @@ def list_schedule(instance: Any, candidate: Any, tables: Any, limit: float) -> A
     rule = (m, period, alternate, fit, patience)
     position, left = offsets[:-1].copy(), seconds_of_work(m, num_devices, device, spec)
     for d in range(num_devices):
-        _choose(
-            rule,
-            spec,
-            counts,
-            arrived,
-            state,
-            choice,
-            hosted,
-            hosted_offsets[d],
-            hosted_offsets[d + 1],
-            d,
-        )
+        _choose(rule, spec, counts, arrived, state, choice, hosted, homes, d)
     for _ in range(offsets[-1]):
-        d = 0
-        for other in range(1, num_devices):
-            if state[other, WHEN] < state[d, WHEN]:
-                d = other
+        d = _next_device(state)
         if state[d, WHEN] + left[d] > limit * (1 + 1e-12):
             state[:, CLOCK] = np.inf
             break
@@ -136,22 +123,20 @@ def list_schedule(instance: Any, candidate: Any, tables: Any, limit: float) -> A
             state[d, FIRST] = state[d, WHEN]
         position[d] += 1
         other = _run(instance.send, spec, target, counts, arrived, state, choice, link, d)
-        _choose(
-            rule,
-            spec,
-            counts,
-            arrived,
-            state,
-            choice,
-            hosted,
-            hosted_offsets[d],
-            hosted_offsets[d + 1],
-            d,
-        )
+        _choose(rule, spec, counts, arrived, state, choice, hosted, homes, d)
         if other >= 0:
-            a, b = hosted_offsets[other], hosted_offsets[other + 1]
-            _choose(rule, spec, counts, arrived, state, choice, hosted, a, b, other)
+            _choose(rule, spec, counts, arrived, state, choice, hosted, homes, other)
     return Orders(offsets, kinds, stages, state)
+
+
+@compiled
+def _next_device(state: Any) -> int:
+    """The device that can begin first."""
+    found = 0
+    for d in range(1, len(state)):
+        if state[d, WHEN] < state[found, WHEN]:
+            found = d
+    return found
 
 
 @compiled
@@ -180,7 +165,7 @@ def _layout(m: int, num_devices: int, device: Any, split: Any) -> Any:
 
 @compiled
 def make_spec(instance: Any, device: Any, split: Any, limit: Any, tables: Any) -> Any:
-    """What the loop needs of each stage, and the devices that its output and its input gradient go to.
+    """What the loop needs of each stage, and the devices that its results go to.
 
     An order that is fixed already has no limits: an empty `limit`.
     """
@@ -241,55 +226,74 @@ def _choose(
     state: Any,
     choice: Any,
     hosted: Any,
-    first: int,
-    stop: int,
+    homes: Any,
     d: int,
 ) -> None:
-    """What device d begins next, and when, from what is known now; its stages are hosted[first:stop]."""
+    """What device d begins next, and when, from what is known now.
+
+    Its stages are hosted[homes[d] : homes[d + 1]].
+    """
     m, period, alternate, fit, patience = rule
     now, held, last = state[d, CLOCK], state[d, HELD], choice[d, LAST]
     best, kind, stage = np.inf, 0, -1  # among what is there
-    weight_rank, weight = np.inf, -1  # among the W's, all of which are there
     coming, soon, soon_kind, soon_stage = np.inf, np.inf, 0, -1  # the first thing to arrive
-    for h in range(first, stop):
+    weight_rank, weight = np.inf, -1
+    for h in range(homes[d], homes[d + 1]):
         s = hosted[h]
         for k in range(2):
             i = counts[s, k]
-            if i == m or arrived[s, k, i] == np.inf:
+            if i == m or arrived[s, k, i] > coming:
                 continue
             if k == 0 and (
                 i - counts[s, 1] >= spec[s, LIMIT] or held + spec[s, TAKES] > spec[s, ROOM]
             ):
                 continue
             at = arrived[s, k, i]
-            rank = spec[s, RANK + k] + i * period + (alternate if k == last else 0.0)
+            if at == np.inf:
+                continue
+            rank = spec[s, RANK + k] + counts[s, k] * period + (alternate if k == last else 0.0)
             if at <= now:
                 if rank < best:
                     best, kind, stage = rank, k, s
-            elif at < coming or (at == coming and rank < soon):
+            elif at < coming or rank < soon:
                 coming, soon, soon_kind, soon_stage = at, rank, k, s
         if spec[s, SPLIT] > 0 and counts[s, 2] < counts[s, 1]:
             rank = spec[s, RANK + 2] + counts[s, 2] * period
             if rank < weight_rank:
                 weight_rank, weight = rank, s
-    if (
-        weight >= 0
-        and weight_rank < best
-        and (stage >= 0 or now + fit * spec[weight, SECONDS + 2] <= coming)
-    ):
+    if weight_rank < best and (stage >= 0 or now + fit * spec[weight, SECONDS + 2] <= coming):
         best, kind, stage = weight_rank, 2, weight
-    # Something more urgent is about to arrive: wait for it rather than start something long.
-    if (
-        stage >= 0
-        and kind < 2
-        and soon < best
-        and coming < now + patience * spec[stage, SECONDS + kind]
-    ):
+    elif soon < best and stage >= 0 and coming < now + patience * spec[stage, SECONDS + kind]:
+        # Something more urgent is about to arrive: wait rather than start something long.
         stage = -1
     if stage >= 0:
         state[d, WHEN], choice[d, KIND], choice[d, STAGE] = now, kind, stage
     else:
         state[d, WHEN], choice[d, KIND], choice[d, STAGE] = coming, soon_kind, soon_stage
+
+
+@compiled
+def _arrival(m: int, spec: Any, counts: Any, arrived: Any, held: float, s: int, k: int) -> float:
+    """When the next F (k = 0), B or I (1) of stage s could begin: inf where that is not known."""
+    i = counts[s, k]
+    if i == m:
+        return np.inf
+    if k == 0 and (i - counts[s, 1] >= spec[s, LIMIT] or held + spec[s, TAKES] > spec[s, ROOM]):
+        return np.inf
+    return arrived[s, k, i]
+
+
+@compiled
+def _next_weight(spec: Any, counts: Any, hosted: Any, first: int, stop: int, period: float) -> Any:
+    """The most urgent W that can run; all that can are there already."""
+    best, choice = np.inf, -1
+    for h in range(first, stop):
+        s = hosted[h]
+        if spec[s, SPLIT] > 0 and counts[s, 2] < counts[s, 1]:
+            rank = spec[s, RANK + 2] + counts[s, 2] * period
+            if rank < best:
+                best, choice = rank, s
+    return best, choice
 
 
 @compiled

@@ -115,7 +115,7 @@ def price(instance: Any, stop: Any, device: Any) -> Any:
 
 @compiled
 def finish(instance: Any, stop: Any, device: Any, update: Any, last: Any) -> float:
-    """The end of the step, from when each device computed last: shared gradients, then the optimizer."""
+    """The end of the step: `last` computations, shared gradients, then the optimizer."""
     for k in range(len(instance.shared_bytes)):
         held = np.zeros(len(last), np.bool_)
         for i in range(instance.shared_offsets[k], instance.shared_offsets[k + 1]):

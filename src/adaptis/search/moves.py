@@ -47,7 +47,7 @@ def copy(candidate: Any) -> Any:
 
 @compiled
 def mutate(instance: Any, candidate: Any, state: Any, cost: float, most_stages: int) -> Any:
-    """A random neighbour of `candidate`, whose devices fared as `state` says in a step of `cost` seconds.
+    """A random neighbour of `candidate`, whose devices fared as `state` says in `cost` seconds.
 
     Of several moves of layers the one that leaves the busiest device the least work is worth a
     simulation: looking at the sums costs a hundredth of it.
@@ -105,7 +105,7 @@ def _one(instance: Any, op: int, start: int, stop: int) -> float:
 
 @compiled
 def _diagnose(state: Any, cost: float) -> int:
-    """What costs most: 0 unequal work, 1 idle ends, 2 idle time in between; in seconds of all devices."""
+    """What costs most, drawn by its seconds: 0 unequal work, 1 idle ends, 2 idle time between."""
     uneven, ends, between = 0.0, 0.0, 0.0
     most = state[:, WORKED].max()
     for d in range(len(state)):
@@ -121,7 +121,7 @@ def _pick(state: Any, sign: int) -> int:
     """The busiest device (sign 1) or the least busy one (-1), or sometimes any."""
     if np.random.random() < 0.4:
         return np.random.randint(len(state))
-    return np.argmax(sign * state[:, WORKED])
+    return int(np.argmax(sign * state[:, WORKED]))
 
 
 @compiled

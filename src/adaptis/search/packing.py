@@ -1,4 +1,4 @@
-"""How evenly indivisible layers can be dealt out at best: the bottleneck of the fairest deal, exactly.
+"""How evenly indivisible layers can be dealt out at best: the bottleneck of the fairest deal.
 
 Layers of equal work are interchangeable, so a device's share is a vector of counts, and a dynamic
 program over devices and vectors finds the least possible maximum. Where there are too many
@@ -17,7 +17,7 @@ MOST_STEPS = 80_000_000  # of the dynamic program: about a quarter of a second
 
 
 def fairest(work: Any, slowness: Any, waits: Any, extra: float) -> float:
-    """The least possible max over devices d of waits[d] + (its layers' work + extra, if any) * slowness[d].
+    """The least possible max over d of waits[d] + (its layers' work + extra, if any) * slowness[d].
 
     Args:
         work: (L,) seconds of each layer.
@@ -63,7 +63,7 @@ def _steps(counts: list[int], num_devices: int) -> float:
 
 @compiled
 def _deal(least: Any, share: Any, sizes: Any, last: bool) -> Any:
-    """The least maximum when one more device takes a share of what remains; on the last only all of it counts."""
+    """The least maximum when one more device takes a share; on the last only all counts."""
     n, k = len(least), len(sizes)
     result = np.full(n, np.inf)
     taken = np.empty(k, np.int64)

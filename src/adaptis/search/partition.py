@@ -1,4 +1,4 @@
-"""Contiguous cuts: the one with the lightest heaviest stage, by dynamic programming, and how frameworks cut."""
+"""Contiguous cuts: the lightest heaviest stage by dynamic programming, and how frameworks cut."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def even_cut(profile: Profile, num_stages: int) -> list[int]:
     units = profile.units()
     if num_stages > len(units):
         raise PlanError(
-            f"{profile.model} has {len(units)} blocks, too few for {num_stages} stages; use fewer devices"
+            f"{profile.model} has {len(units)} blocks, too few for {num_stages} stages; "
+            f"use fewer devices"
         )
     base, more = divmod(len(units), num_stages)
     ends = np.cumsum([base + (s < more) for s in range(num_stages)])
@@ -89,7 +90,7 @@ def climb(instance: Any, fixed: Any, reach: int, most: int) -> Any:
 
 @compiled
 def _pass_on(stop: Any, giver: int, taker: int) -> bool:
-    """Stage `taker` grows by a layer, `giver` shrinks by one, those in between move along; False if impossible."""
+    """Stage `taker` grows by a layer, `giver` shrinks by one; False if impossible."""
     size = stop[giver] - (stop[giver - 1] if giver > 0 else 0)
     if giver == taker or size < 2:
         return False

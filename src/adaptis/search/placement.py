@@ -1,4 +1,4 @@
-"""Where a search begins: balanced cuts, looped, waved or dealt out freely, under a handful of rules."""
+"""Where a search begins: balanced cuts, looped, waved or dealt out freely, a rule for each."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def most_stages(instance: Instance) -> int:
 
 
 def starts(instance: Instance) -> list[tuple[float, Candidate]]:
-    """Candidates with their seconds, each form of cut and placement under its best rule; best first."""
+    """Candidates with their seconds, each cut and placement under its best rule; best first."""
     num_devices, num_layers = len(instance.slowness), len(instance.output)
     found = []
     for chunks in CHUNKS:
@@ -40,7 +40,7 @@ def starts(instance: Instance) -> list[tuple[float, Candidate]]:
         for device in (_loop(num_devices, count), _wave(num_devices, count)):
             stop = bottleneck_cut(_work(instance), instance.slowness[device])
             found.append(_best_rule(instance, stop, device))
-    # Fewer layers than devices, or memory that only other cuts respect: each stage to the lightest device.
+    # Fewer layers than devices, or tight memory: each stage to the lightest device.
     for count in sorted(
         {min(most_stages(instance), n) for n in (num_devices, 3 * num_devices, 6 * num_devices)}
     ):

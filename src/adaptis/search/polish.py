@@ -80,7 +80,7 @@ def make_trace(n: int) -> Any:
 
 @compiled
 def retime(instance: Any, fixed: Any, trace: Any, most: float = np.inf) -> float:
-    """Seconds of the step of `fixed`; inf where it deadlocks, does not fit or takes longer than `most`."""
+    """Seconds of the step; inf where it deadlocks, does not fit or takes longer than `most`."""
     tables = price(instance, fixed.stop, fixed.device)
     limit = np.empty(0)
     spec, target = make_spec(instance, fixed.device, fixed.split, limit, tables)
@@ -122,7 +122,7 @@ def _replay(
 
     `left` is each device's work less what time there is: positive once idle time has used that up.
     """
-    offsets, kinds, stages, device = fixed.offsets, fixed.kind, fixed.stage, fixed.device
+    offsets, kinds, stages = fixed.offsets, fixed.kind, fixed.stage
     num_stages, num_devices, m = len(spec), len(state), instance.num_microbatches
     memory, send = instance.memory, instance.send
     counts = np.zeros((num_stages, 3), np.int64)
@@ -239,7 +239,7 @@ def polish(
     hot: float,
     cold: float,
 ) -> Any:
-    """Trials `first` to `stop` of an annealing run of `total`: where it stands, the best so far, and its cost."""
+    """Trials `first` to `stop` of a run of `total`: where it stands, the best, and its cost."""
     np.random.seed(seed)
     current = copy_fixed(start)
     trace, other = make_trace(len(current.kind)), make_trace(len(current.kind))
@@ -263,7 +263,7 @@ def polish(
 
 @compiled
 def _change(fixed: Any, trace: Any) -> Any:
-    """Change `fixed` in place; (0, row, where it went), (1, border, by how much) or (-1, 0, 0) for nothing."""
+    """Change `fixed` in place: (0, row, new place), (1, border, step) or (-1, 0, 0) for nothing."""
     if len(fixed.stop) > 1 and np.random.random() < BORDER_SHARE:
         border = np.random.randint(len(fixed.stop) - 1)
         step = 1 if np.random.random() < 0.5 else -1

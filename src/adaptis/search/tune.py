@@ -52,7 +52,7 @@ HOT, WARM, COLD = 0.012, 0.003, 0.0003  # temperatures, shares of the step
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """When a search ends: whatever comes first. It ends between two rounds of work, so a little later."""
+    """When a search ends: whatever comes first, looked at several times a second."""
 
     gap: float = 0.0  # to the lower bound, a share of it
     seconds: float = math.inf
@@ -118,7 +118,7 @@ def search(
     seed: int = 0,
     progress: Callable[[Progress], None] | None = None,
 ) -> SearchResult:
-    """The best plan for a step of `num_microbatches` that `stop` leaves time for; never worse than a baseline.
+    """The best plan that `stop` leaves time to find; never worse than a baseline that fits.
 
     Raises:
         InfeasibleError: nothing that was tried fits the devices' memory.
@@ -158,7 +158,7 @@ def search(
 
 
 def warm_up() -> None:
-    """Have everything compiled, or read from the cache: the first call on a machine takes half a minute."""
+    """Have everything compiled or read from the cache: half a minute, once on a machine."""
     from adaptis.profile import LayerCost, Profile
 
     layer = LayerCost("", "", 1.0, 1.0, 1.0, 2.0)
@@ -185,7 +185,7 @@ def _island(
     number: int,
     named: tuple[Fixed, float] | None,
 ) -> Iterator[_Found]:
-    """Runs for ever; each `next` is one piece of work. Reads `best`, which changes only between rounds."""
+    """Runs for ever, a piece of work each `next`; `best` changes only between rounds."""
     random = np.random.default_rng([base_seed, number])
     if named is not None and number == 0:
         yield from _polish_run(instance, named[0], FIRST_RUN // 2, random)
@@ -268,8 +268,9 @@ def _infeasible(instance: Instance, candidate: Candidate) -> InfeasibleError:
     device = int(np.argmax(needed - instance.memory))
     missing = math.ceil(needed[device] - instance.memory[device])
     return InfeasibleError(
-        f"nothing fits: at best device {device} misses {missing / 2**30:.3f} GiB ({missing} bytes) of "
-        f"{needed[device] / 2**30:.3f} GiB; use more devices, more memory or smaller micro-batches",
+        f"nothing fits: at best device {device} misses {missing / 2**30:.3f} GiB ({missing} bytes) "
+        f"of {needed[device] / 2**30:.3f} GiB; use more devices, more memory or smaller "
+        f"micro-batches",
         device,
         missing,
     )
