@@ -1,14 +1,13 @@
 """`check(program)` proves a program, or says exactly what is wrong with it.
 
 Always on before a simulation or a run. Proven: each computation exactly once and on the device of
-its stage, every value written before it is read, sends and receives matched in order on each link,
-and no deadlock. A program has no wildcards, so its moves commute and one walk over the wait-for
-graph decides for every interleaving. Three semantics of a transfer:
+its stage, every value written once and before it is read, sends and receives matched in order on
+each link, and no deadlock. A program has no wildcards, so its moves commute and one walk over the
+wait-for graph decides for every interleaving. Three semantics of a transfer:
 
-    posted      ours: sends and receives never block, a reader waits for its value, the step waits
-    for all sends buffered    a receive blocks until its value was sent
-    rendezvous  send and receive both block until the other is there (what a plain blocking runtime
-    does)
+    posted      ours: neither end blocks; a reader waits for its value, the step for all sends
+    buffered    a receive blocks until its value was sent
+    rendezvous  both ends block until the other is there, as in a plain blocking runtime
 
 Memory is not checked here but priced by `simulate`, which knows the bytes.
 """

@@ -7,32 +7,29 @@ in `docs/design/walkthrough.md`.
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import shlex
 import sys
 import time
 import traceback
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from adaptis.errors import Error, InputError
 
-if TYPE_CHECKING:
-    from adaptis.cluster import Cluster
-    from adaptis.profile import Profile
-    from adaptis.timeline import Timeline
-
 app = typer.Typer(
     name="adaptis",
     help="Adaptive pipeline parallelism: measure a model, plan its pipeline, train it, look at it.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_debug = False
+# What the option parser raises: click's own, or (typer 0.26 and later) that of the copy in typer.
+_Usage = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 ProfileFile = Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile file.")]
@@ -50,18 +47,27 @@ Seed = Annotated[int, typer.Option(help="Of the search.")]
 ShardHead = Annotated[str, typer.Option(help="Shard the vocabulary head: auto, never or always.")]
 
 
-@app.callback()
-def _options(
-    debug: Annotated[bool, typer.Option(help="Show the traceback of a failure.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    global _debug  # noqa: PLW0603 - set once, before the verb runs
-    _debug = debug
-    if version:
+def _print_version(asked: bool) -> None:
+    if asked:
         from adaptis import __version__
 
         typer.echo(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of a failure.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    pass  # `main` looks for --debug, anywhere in the line
 
 
 def _emit(value: dict[str, Any], as_json: bool) -> bool:
@@ -71,58 +77,21 @@ def _emit(value: dict[str, Any], as_json: bool) -> bool:
     return as_json
 
 
-def _next(text: str) -> None:
-    from adaptis.console import err
+def _next(*words: object) -> None:
+    """What to do next, as a command that can be pasted."""
+    from adaptis.console import warn
 
-    err.print(f"next: {text}", soft_wrap=True, markup=False)
+    warn(f"next: {_command(*words)}")
 
 
-def _setting(
-    path: Path,
-    devices: int | None,
-    microbatches: int | None,
-    cluster_file: Path | None,
-    memory_gib: float | None,
-    shard_head: str = "auto",
-) -> tuple[Profile, Cluster, int]:
-    """What most verbs start from: a profile, a cluster, a number of micro-batches."""
-    from adaptis.cluster import load_cluster, uniform
-    from adaptis.profile import load_profile
-    from adaptis.workload import even
+def _command(*words: object) -> str:
+    return " ".join(["adaptis", *(shlex.quote(str(word)) for word in words)])
 
-    if shard_head not in ("auto", "never", "always"):
-        raise InputError(f"--shard-head {shard_head}: auto, never or always is needed")
-    if shard_head == "always":
-        raise InputError(
-            "--shard-head always: this version cannot shard the head yet; use auto or never"
-        )
-    profile = load_profile(path)
-    cluster = load_cluster(cluster_file) if cluster_file else None
-    if cluster and devices not in (None, cluster.num_devices):
-        raise InputError(
-            f"--devices {devices}, but {cluster_file} describes {cluster.num_devices}; leave one "
-            f"of the two out"
-        )
-    if cluster is None:
-        count = devices if devices is not None else profile.devices
-        if count is None:
-            raise InputError(f"{path} has no hint for the number of devices; give --devices")
-        cluster = uniform(count)
-    if memory_gib is not None:
-        if not memory_gib > 0:
-            raise InputError(f"--memory-gib {memory_gib:g}: a number above 0 is needed")
-        limited = tuple(replace(d, memory_bytes=memory_gib * 2**30) for d in cluster.devices)
-        cluster = replace(cluster, devices=limited)
-    if cluster.num_devices > profile.num_layers:
-        raise InputError(
-            f"{cluster.num_devices} devices for {profile.num_layers} layers: each device needs a "
-            f"layer; "
-            f"use at most {profile.num_layers} devices"
-        )
-    count = microbatches if microbatches is not None else profile.microbatches
-    if count is None:
-        raise InputError(f"{path} has no hint for the number of micro-batches; give --microbatches")
-    return profile, cluster, even(count).num_microbatches
+
+def _flags(**values: object) -> list[object]:
+    """The options that were given, as words of a command."""
+    pairs = ((f"--{name.replace('_', '-')}", value) for name, value in values.items())
+    return [word for name, value in pairs if value is not None for word in (name, value)]
 
 
 @app.command()
@@ -141,45 +110,39 @@ def demo(
     Example: adaptis demo
     """
     from adaptis import demo as main_job
-    from adaptis.console import Reporter, err, out, table
+    from adaptis.console import Reporter, line, table, warn
+    from adaptis.jobs import above_zero, check_folder
 
     if steps < 4:
         raise InputError(f"--steps {steps}: at least 4 are needed, the first two are not timed")
+    above_zero("--seconds", seconds)
     if only not in (None, *main_job.PRESETS):
         raise InputError(f"--only {only}: one of {', '.join(main_job.PRESETS)} is needed")
     folder = folder or Path("adaptis-runs", time.strftime("demo-%Y%m%d-%H%M%S"))
+    check_folder(folder)
     settings = main_job.Settings(steps=steps, search_seconds=seconds, seed=seed)
     outcomes = []
     for preset in [only] if only else main_job.PRESETS:
-        err.print(
-            f"[bold]{preset}[/bold]: {main_job.DEVICES} processes of 1 thread, "
-            f"{settings.microbatches} micro-batches"
-        )
+        warn(f"{preset}: {main_job.DEVICES} processes, {settings.microbatches} micro-batches")
         with Reporter("  ") as reporter:
             outcomes.append(main_job.run_model(preset, settings, reporter.say))
         if not as_json:
             table(outcomes[-1].profile.model, main_job.COLUMNS, main_job.rows(outcomes[-1]))
-            out.print(main_job.verdict(outcomes[-1]), soft_wrap=True)
+            line(main_job.verdict(outcomes[-1]))
     summary = main_job.write_outputs(outcomes, folder)
+    first = folder / outcomes[0].preset
     if not _emit(summary | {"folder": str(folder)}, as_json):
-        out.print(f"\nAll results are in [bold]{folder}[/bold]:", soft_wrap=True)
-        out.print(
-            f"  {folder}/report.html   open it in a browser: predicted and measured, side by side",
-            soft_wrap=True,
-        )
-        out.print(
-            f"  {folder}/{outcomes[0].preset}/before-and-after.svg   the picture", soft_wrap=True
-        )
-        out.print(
-            f"  {folder}/trace.json    for ui.perfetto.dev or chrome://tracing", soft_wrap=True
-        )
-    _next(f"adaptis compare {folder}/{outcomes[0].preset}/profile.json --devices 4")
+        line(f"\nAll results are in {folder}:")
+        line(f"  {folder}/report.html   open it: predicted and measured, side by side")
+        line(f"  {first}/before-and-after.svg   the picture")
+        line(f"  {folder}/trace.json    for ui.perfetto.dev or chrome://tracing")
+    _next("compare", first / "profile.json", "--devices", 4)
 
 
 @app.command()
 def profile(
     model: Annotated[
-        str, typer.Argument(help="A preset, a preset's TOML file, or a Hugging Face config.json.")
+        str, typer.Argument(metavar="MODEL", help="A preset, its TOML file, or a config.json.")
     ],
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Where to write the profile.")
@@ -205,35 +168,28 @@ def profile(
     Example: adaptis profile demo-hybrid -o profile.json
     """
     from adaptis.cluster import cluster_to_json
+    from adaptis.console import Reporter, show_profile, warn
     from adaptis.files import write_json
-    from adaptis.jobs import compute_profile, measure_profile
+    from adaptis.jobs import ProfileJob, check_file, compute_profile, measure_profile
     from adaptis.profile import profile_to_json
 
-    for name, value in {"devices": devices, "microbatches": microbatches, "rounds": rounds}.items():
-        if value < 1:
-            raise InputError(f"--{name} {value}: at least 1 is needed")
+    job = ProfileJob(model, devices, microbatches, rounds, sequence, batch_size)
+    check_file(output)
     if analytic is not None:
-        found = compute_profile(model, analytic, sequence, batch_size)
-        cluster = None
+        found, cluster = compute_profile(job, analytic), None
     else:
-        from adaptis.console import Reporter
-
+        warn(f"starting {devices} process(es)")
         with Reporter() as reporter:
-            found, cluster = measure_profile(
-                model, devices, microbatches, rounds, sequence, batch_size, reporter.say
-            )
+            found, cluster = measure_profile(job, reporter.say)
     value = profile_to_json(found)
     write_json(output, value)
-    extra = ""
+    beside = None
     if cluster is not None and devices > 1:
         beside = output.with_name(f"{output.stem}.cluster.json")
         write_json(beside, cluster_to_json(cluster))
-        extra = f" --cluster {beside}"
     if not _emit(value, as_json):
-        from adaptis.console import show_profile
-
         show_profile(found)
-    _next(f"adaptis plan {output}{extra} -o plan.json")
+    _next("plan", output, *_flags(cluster=beside), "-o", "plan.json")
 
 
 @app.command()
@@ -255,54 +211,43 @@ def plan(
 
     Example: adaptis plan profile.json --devices 4 --microbatches 8 -o plan.json
     """
-    from adaptis.console import Reporter, draw_timeline, out
+    from adaptis.comparison import figures
+    from adaptis.console import Reporter, draw_timeline, line
+    from adaptis.jobs import above_zero, check_file, setting
     from adaptis.plan import save_plan
     from adaptis.search import Stop, search
 
-    found, cluster, count = _setting(
+    found, cluster, count = setting(
         file, devices, microbatches, cluster_file, memory_gib, shard_head
     )
-    if not seconds > 0:
-        raise InputError(f"--seconds {seconds:g}: a number above 0 is needed")
+    above_zero("--seconds", seconds)
+    check_file(output)
     with Reporter() as reporter:
 
         def progress(state: Any) -> None:
-            data = {
-                "best": state.best,
-                "gap": state.gap,
-                "seconds": state.seconds,
-                "limit": seconds,
-            }
-            reporter.say("planning", data)
+            values = {name: getattr(state, name) for name in ("best", "gap", "seconds")}
+            reporter.say("planning", values | {"limit": seconds})
 
         answer = search(found, cluster, count, Stop(seconds=seconds), seed=seed, progress=progress)
     if output is not None:
         save_plan(answer.plan, output)
-    result = _figures(answer.timeline) | {
+    result = figures(answer.timeline) | {
         "lower_bound_seconds": answer.lower_bound.value,
         "gap": answer.gap,
         "search_seconds": answer.seconds,
         "evaluated": answer.evaluated,
     }
     if not _emit(result, as_json):
-        out.print(f"{found.model} on {cluster.describe()}, {count} micro-batches", soft_wrap=True)
-        for line in answer.explain():
-            out.print(line, soft_wrap=True, markup=False)
+        line(f"{found.model} on {cluster.describe()}, {count} micro-batches")
+        for text in answer.explain():
+            line(text)
         draw_timeline(answer.timeline)
-    _next(
-        f"adaptis simulate {file} {output}, or adaptis compare {file}"
-        if output
-        else f"adaptis compare {file}; give -o plan.json to keep the plan"
-    )
-
-
-def _figures(timeline: Timeline) -> dict[str, Any]:
-    """The keys that scripts rely on."""
-    return {
-        "step_seconds": timeline.step,
-        "bubble_fraction": timeline.bubble_fraction,
-        "peak_bytes": list(timeline.peak_bytes),
-    }
+    machine = _flags(cluster=cluster_file, memory_gib=memory_gib)
+    if output is not None:
+        _next("simulate", file, output, *machine)
+    else:
+        given = _flags(devices=devices, microbatches=microbatches)
+        _next("plan", file, *given, *machine, "-o", "plan.json")
 
 
 @app.command()
@@ -319,41 +264,26 @@ def compare(
 ) -> None:
     """Every schedule beside the plan, with the lower bound.
 
-    Example: adaptis compare profile.json --devices 4
+    Example: adaptis compare profile.json --devices 4 --microbatches 8
     """
     from adaptis.comparison import compare_all
-    from adaptis.console import out, size, table
-    from adaptis.console import seconds as text
+    from adaptis.console import Reporter, show_comparison
+    from adaptis.jobs import above_zero, setting
 
-    found, cluster, count = _setting(
+    found, cluster, count = setting(
         file, devices, microbatches, cluster_file, memory_gib, shard_head
     )
-    result = compare_all(found, cluster, count, search_seconds=seconds, seed=seed)
-    if _emit(result, as_json):
-        return
-    out.print(f"{found.model} on {cluster.describe()}, {count} micro-batches", soft_wrap=True)
-    best = result["results"][-1]["step_seconds"]
-    bound = result["lower_bound_seconds"]
-    table(
-        "",
-        ("schedule", "step", "above the bound", "adaptis is", "bubble", "peak memory", "fits"),
-        [
-            (
-                row["name"],
-                text(row["step_seconds"]),
-                f"{row['step_seconds'] / bound - 1:.1%}",
-                f"{row['step_seconds'] / best:.2f}x" if row["name"] != "adaptis" else "",
-                f"{row['bubble_fraction']:.1%}",
-                size(max(row["peak_bytes"])),
-                "yes" if row["fits"] else "no",
-            )
-            for row in result["results"]
-        ],
+    above_zero("--seconds", seconds)
+    with Reporter() as reporter:
+        result = compare_all(
+            found, cluster, count, search_seconds=seconds, seed=seed, say=reporter.say
+        )
+    if not _emit(result, as_json):
+        show_comparison(result, f"{found.model} on {cluster.describe()}, {count} micro-batches")
+    given = _flags(
+        devices=devices, microbatches=microbatches, cluster=cluster_file, memory_gib=memory_gib
     )
-    for name, reason in result["not_applicable"].items():
-        out.print(f"{name}: {reason}", soft_wrap=True, markup=False)
-    out.print(f"lower bound {text(bound)}", soft_wrap=True)
-    _next(f"adaptis plan {file} -o plan.json")
+    _next("plan", file, *given, "-o", "plan.json")
 
 
 @app.command()
@@ -371,41 +301,28 @@ def simulate(
 
     Example: adaptis simulate profile.json plan.json
     """
-    from adaptis.comparison import within_memory
-    from adaptis.console import show_timeline
+    from adaptis.comparison import simulation
+    from adaptis.console import show_timeline, warn
     from adaptis.files import write_json
-    from adaptis.plan import load_plan
-    from adaptis.search import lower_bounds
-    from adaptis.simulate import simulate_plan
+    from adaptis.jobs import check_file, simulated_setting
     from adaptis.timeline import timeline_to_json
 
-    loaded = load_plan(plan_file)
-    found, cluster, _ = _setting(
-        file,
-        None if cluster_file else loaded.num_devices,
-        loaded.num_microbatches,
-        cluster_file,
-        memory_gib,
-    )
-    if cluster.num_devices != loaded.num_devices:
-        raise InputError(
-            f"{plan_file} is for {loaded.num_devices} devices, {cluster_file} has "
-            f"{cluster.num_devices}"
-        )
-    answer = simulate_plan(loaded, found, cluster)
-    bound = lower_bounds(found, cluster, loaded.num_microbatches).value
+    loaded, found, cluster = simulated_setting(file, plan_file, cluster_file, memory_gib)
+    check_file(timeline)
+    answer, result, lacking = simulation(loaded, found, cluster)
     if timeline is not None:
         write_json(timeline, timeline_to_json(answer))
-    result = _figures(answer) | {
-        "lower_bound_seconds": bound,
-        "gap": answer.step / bound - 1 if bound else 0.0,
-        "bubble_seconds": answer.summary()["bubble_seconds"],
-        "busy_seconds": answer.summary()["busy_seconds"],
-    }
     if not _emit(result, as_json):
-        show_timeline(answer, loaded.num_microbatches, cluster.describe(), bound)
-    within_memory(answer, cluster)
-    _next(f"adaptis simulate {file} {plan_file} -o timeline.json && adaptis report timeline.json")
+        count, bound = loaded.num_microbatches, result["lower_bound_seconds"]
+        show_timeline(answer, count, cluster.describe(), bound)
+    if lacking:  # the result above already holds the "no"
+        warn(f"adaptis: {lacking}")
+        raise typer.Exit(lacking.exit_status)
+    if timeline is not None:
+        _next("report", timeline, "-o", "report.html")
+    else:
+        given = _flags(cluster=cluster_file, memory_gib=memory_gib)
+        _next("simulate", file, plan_file, *given, "-o", "timeline.json")
 
 
 @app.command()
@@ -416,12 +333,14 @@ def check(plan_file: PlanFile, as_json: Json = False) -> None:
     """
     from adaptis.check import Semantics
     from adaptis.check import check as prove
-    from adaptis.console import out
+    from adaptis.console import line
     from adaptis.errors import DeadlockError
     from adaptis.lower import lower
+    from adaptis.measure.zoo import preset_names
     from adaptis.plan import load_plan
 
-    program = lower(load_plan(plan_file))
+    loaded = load_plan(plan_file)
+    program = lower(loaded)
     proof = prove(program)
     blocking = True
     try:
@@ -435,25 +354,33 @@ def check(plan_file: PlanFile, as_json: Json = False) -> None:
         "runs_with_blocking_transfers": blocking,
     }
     if not _emit(result, as_json):
-        out.print(
+        line(
             f"{plan_file}: proven. {proof.num_instructions} instructions, {proof.num_transfers} "
-            f"transfers: each "
-            f"computation once, each value written before it is read, sends and receives in "
-            f"order, no deadlock.",
-            soft_wrap=True,
+            f"transfers: each computation once, each value written before it is read, sends and "
+            f"receives in order, no deadlock."
         )
-    _next(f"adaptis train --plan {plan_file} CONFIG")
+    if loaded.model in preset_names():
+        sizes = {"devices": loaded.num_devices, "microbatches": loaded.num_microbatches}
+        words = [word for name, n in sizes.items() for word in (f"--train.{name}", n)]
+        _next("train", "--plan", plan_file, "--model.preset", loaded.model, *words)
+    else:
+        _next("train", "--help")
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings={"ignore_unknown_options": True})
 def train(
-    context: typer.Context,
-    config: Annotated[Path | None, typer.Argument(help="A training file in TOML.")] = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG] [--section.key VALUE]...",
+            help="A training file in TOML, and keys that take precedence over it.",
+        ),
+    ] = None,
     plan_file: Annotated[
         str | None, typer.Option("--plan", help="A plan file; default: plan first.")
     ] = None,
     resume: Annotated[
-        bool, typer.Option(help="Continue from the newest checkpoint in the run's folder.")
+        bool, typer.Option("--resume", help="Continue from the newest checkpoint in the folder.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -463,28 +390,31 @@ def train(
 
     Every key of the training file can be given as --section.key value.
     """
-    from adaptis.config import load_config, parse_overrides
-    from adaptis.console import Reporter, out, seconds
-    from adaptis.jobs import train_config
+    from adaptis.config import load_config, parse_words
+    from adaptis.console import Reporter, show_training, warn
+    from adaptis.jobs import check_folder, check_training, train_config
 
-    overrides = parse_overrides(context.args)
+    config, overrides = parse_words(words or [])
     if plan_file is not None:
         overrides["train.plan"] = json.dumps(plan_file)
     if resume:
         overrides["train.resume"] = "true"
     loaded = load_config(config, overrides)
+    check_folder(Path(loaded.train.folder))
+    check_training(loaded)
+    if "RANK" not in os.environ:
+        warn(f"starting {loaded.train.devices} process(es)")
     with Reporter() as reporter:
         result = train_config(loaded, reporter.say)
     if result is None:
         return  # another rank than 0
     if not _emit(result, as_json):
-        for key in ("step", "loss_first", "loss_last"):
-            if result[key] is not None:
-                out.print(f"{key.replace('_', ' ')}: {result[key]:.6g}")
-        if result["step_seconds"] is not None:
-            out.print(f"step time: {seconds(result['step_seconds'])} (median)")
-        out.print(f"checkpoint: {result['checkpoint']}", soft_wrap=True)
-    _next(f"adaptis report {loaded.train.folder}/timeline.json -o report.html")
+        show_training(result)
+    if result["losses"]:
+        _next("report", Path(loaded.train.folder, "timeline.json"), "-o", "report.html")
+    else:
+        more = ["--resume", "--train.steps", 2 * loaded.train.steps]
+        _next("train", *(words or []), *_flags(plan=plan_file), *more)
 
 
 @app.command()
@@ -500,58 +430,74 @@ def report(
 
     Example: adaptis report predicted.json measured.json -o report.html
     """
-    from adaptis.files import write_text
-    from adaptis.report import chrome, html, svg, text
-    from adaptis.timeline import load_timeline
+    from adaptis.console import warn
+    from adaptis.jobs import draw_report
 
-    renderers = {
-        ".html": lambda rows: html.render(rows, title),
-        ".svg": lambda rows: svg.render(rows, title),
-        ".json": chrome.render,
-        ".txt": lambda rows: "\n".join(text.draw(row) for row in rows) + "\n",
-    }
-    if output.suffix not in renderers:
-        raise InputError(f"-o {output}: a name that ends in {', '.join(renderers)} is needed")
-    loaded = [load_timeline(path) for path in timelines]
-    write_text(output, renderers[output.suffix](loaded))
-    _emit(
-        {"output": str(output), "timelines": [timeline.summary() for timeline in loaded]}, as_json
-    )
-    hints = {
-        ".html": "open it in a browser",
-        ".json": "open it in ui.perfetto.dev or chrome://tracing",
-    }
-    _next(f"{output}: {hints.get(output.suffix, 'look at it')}")
+    drawn = draw_report(timelines, output, title)
+    _emit({"output": str(output), "timelines": [row.summary() for row in drawn]}, as_json)
+    hints = {".json": "in ui.perfetto.dev or chrome://tracing", ".txt": "in a terminal or editor"}
+    warn(f"next: open {output} {hints.get(output.suffix, 'in a browser')}")
 
 
 def main() -> None:
     """Run the command line; every failure is one sentence and an exit status."""
-    import click
-
-    as_json = "--json" in sys.argv
+    debug = "--debug" in sys.argv[1:]
+    words = [word for word in sys.argv[1:] if word != "--debug"] or ["--help"]
+    as_json = "--json" in words
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a drawing must not fail for want of a sign
     try:
-        app(standalone_mode=False)
-    except Error as error:
-        _refuse(str(error), error.exit_status, as_json, getattr(error, "detail", ""))
-    except click.exceptions.Exit as stop:
-        sys.exit(stop.exit_code)
-    except click.exceptions.Abort:
-        _refuse("interrupted; every process of the run has ended", 130, as_json)
-    except KeyboardInterrupt:
-        _refuse("interrupted; every process of the run has ended", 130, as_json)
-    except click.ClickException as error:
-        _refuse(f"{error.format_message()} See adaptis --help", 2, as_json)
-    except BrokenPipeError:
-        sys.stderr.close()
+        status = _run(words)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our results has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except Exception as error:
+        _refuse(error, *_explain(error), as_json=as_json, debug=debug)
+    except KeyboardInterrupt as stop:
+        _refuse(stop, *_INTERRUPTED, as_json=as_json, debug=debug)
+    sys.exit(status)
 
 
-def _refuse(message: str, status: int, as_json: bool, detail: str = "") -> None:
-    if _debug:
-        traceback.print_exc()
-        if detail:
-            sys.stderr.write(detail)
-    if as_json:
+_INTERRUPTED = ("interrupted; every process of the run has ended", 130)
+
+
+def _run(words: list[str]) -> int:
+    """The exit status of a run that went as it should."""
+    status = app(words, prog_name="adaptis", standalone_mode=False)
+    if status == _INTERRUPTED[1]:
+        raise KeyboardInterrupt
+    return status if isinstance(status, int) else 0
+
+
+def _explain(error: Exception) -> tuple[str, int]:
+    """One sentence and a status for whatever was raised."""
+    if isinstance(error, Error):
+        return str(error), error.exit_status
+    if isinstance(error, typer.Abort):
+        return _INTERRUPTED
+    if isinstance(error, _Usage):
+        text = getattr(error, "format_message", error.__str__)()
+        context = getattr(error, "ctx", None)
+        where = context.command_path if context else "adaptis"
+        return f"{' '.join(text.split()).rstrip('.')}; see {where} --help", 2
+    if isinstance(error, ImportError) and (error.name or "").split(".")[0] in _OPTIONAL:
+        return f'this needs {error.name}: pip install "adaptis[torch]"', 2
+    text = " ".join(str(error).split())
+    return f"unexpected {type(error).__name__}: {text} (the traceback: add --debug)", 1
+
+
+_OPTIONAL = ("torch", "transformers", "tokenizers", "safetensors")
+
+
+def _refuse(
+    error: BaseException, message: str, status: int, *, as_json: bool, debug: bool
+) -> NoReturn:
+    if debug:
+        traceback.print_exception(error)
+        sys.stderr.write(getattr(error, "detail", ""))
+    if as_json and os.environ.get("RANK", "0") == "0":
         sys.stdout.write(json.dumps({"error": message, "exit_status": status}) + "\n")
     sys.stderr.write(f"adaptis: {message}\n")
     sys.exit(status)

@@ -9,17 +9,29 @@ from adaptis.search import BASELINES, Stop, lower_bounds, search
 from adaptis.simulate import simulate_plan
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from adaptis.cluster import Cluster
+    from adaptis.plan import Plan
     from adaptis.profile import Profile
     from adaptis.timeline import Timeline
 
 
 def compare_all(
-    profile: Profile, cluster: Cluster, num_microbatches: int, *, search_seconds: float, seed: int
+    profile: Profile,
+    cluster: Cluster,
+    num_microbatches: int,
+    *,
+    search_seconds: float,
+    seed: int,
+    say: Callable[[str, dict[str, Any]], None] = lambda kind, data: None,
 ) -> dict[str, Any]:
     """The baselines in the order of their table, then `adaptis`.
 
     What does not apply, with the reason.
+
+    Raises:
+        InfeasibleError: no plan fits the memory.
     """
     rows, refused = [], {}
     for name, make in BASELINES.items():
@@ -29,7 +41,13 @@ def compare_all(
             refused[name] = str(error)
             continue
         rows.append(_row(name, timeline, cluster))
-    answer = search(profile, cluster, num_microbatches, Stop(seconds=search_seconds), seed=seed)
+
+    def progress(state: Any) -> None:
+        values = {name: getattr(state, name) for name in ("best", "gap", "seconds")}
+        say("planning", values | {"limit": search_seconds})
+
+    stop = Stop(seconds=search_seconds)
+    answer = search(profile, cluster, num_microbatches, stop, seed=seed, progress=progress)
     rows.append(_row("adaptis", answer.timeline, cluster))
     return {
         "lower_bound_seconds": lower_bounds(profile, cluster, num_microbatches).value,
@@ -39,35 +57,47 @@ def compare_all(
 
 
 def _row(name: str, timeline: Timeline, cluster: Cluster) -> dict[str, Any]:
+    return {"name": name, **figures(timeline), "fits": excess(timeline, cluster) is None}
+
+
+def simulation(
+    plan: Plan, profile: Profile, cluster: Cluster
+) -> tuple[Timeline, dict[str, Any], InfeasibleError | None]:
+    """One plan: its timeline, its figures, and why it does not fit, where it does not."""
+    answer = simulate_plan(plan, profile, cluster)
+    bound = lower_bounds(profile, cluster, plan.num_microbatches).value
+    lacking = excess(answer, cluster)
+    summary = answer.summary()
+    result = figures(answer) | {
+        "lower_bound_seconds": bound,
+        "gap": answer.step / bound - 1 if bound else 0.0,
+        "bubble_seconds": summary["bubble_seconds"],
+        "busy_seconds": summary["busy_seconds"],
+        "fits": lacking is None,
+    }
+    if lacking:
+        result |= {"error": str(lacking), "exit_status": lacking.exit_status}
+    return answer, result, lacking
+
+
+def figures(timeline: Timeline) -> dict[str, Any]:
+    """The keys that scripts rely on."""
     return {
-        "name": name,
         "step_seconds": timeline.step,
         "bubble_fraction": timeline.bubble_fraction,
         "peak_bytes": list(timeline.peak_bytes),
-        "fits": not _lacking(timeline, cluster),
     }
 
 
-def _lacking(timeline: Timeline, cluster: Cluster) -> list[tuple[float, int]]:
-    """(bytes missing, device) for each device whose memory does not suffice, worst first."""
+def excess(timeline: Timeline, cluster: Cluster) -> InfeasibleError | None:
+    """Why a timeline does not fit: the device that misses most, and what it misses."""
     pairs = zip(timeline.peak_bytes, cluster.devices, strict=True)
-    missing = [(peak - device.memory_bytes, d) for d, (peak, device) in enumerate(pairs)]
-    return sorted((item for item in missing if item[0] > 0), reverse=True)
-
-
-def within_memory(timeline: Timeline, cluster: Cluster) -> None:
-    """Refuse a timeline that does not fit.
-
-    Raises:
-        InfeasibleError: naming the tightest device and what it misses.
-    """
-    lacking = _lacking(timeline, cluster)
-    if lacking:
-        missing, device = lacking[0]
-        raise InfeasibleError(
-            f"device {device} would need {timeline.peak_bytes[device] / 2**30:.3f} GiB at its "
-            f"peak, "
-            f"{missing / 2**30:.3f} GiB more than it has; plan with --memory-gib",
-            device,
-            int(missing),
-        )
+    missing, device = max((peak - item.memory_bytes, d) for d, (peak, item) in enumerate(pairs))
+    if missing <= 0:
+        return None
+    return InfeasibleError(
+        f"device {device} would need {timeline.peak_bytes[device] / 2**30:.3f} GiB at its peak, "
+        f"{missing / 2**30:.3f} GiB ({missing:.0f} bytes) more than it has; plan with --memory-gib",
+        device,
+        int(missing),
+    )

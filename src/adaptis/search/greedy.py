@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adaptis.kernels import compiled
-from adaptis.search.instance import B, F, I, W, finish, price
+from adaptis.search.instance import B, F, I, W, finish, inlined, price
 
 # What `knobs` holds: see `_priorities` and `_choose`.
 PERIOD, ALTERNATE, FIT, PATIENCE, DEFER = range(5)
@@ -104,14 +104,15 @@ def list_schedule(instance: Any, candidate: Any, tables: Any, limit: float) -> A
     counts = np.zeros((num_stages, 3), np.int64)
     arrived = np.full((num_stages, 2, m), np.inf)
     arrived[0, 0, :] = 0.0
+    due = arrived[:, :, 0].copy()
     state, choice = np.zeros((num_devices, 5)), np.full((num_devices, 3), -1)
     state[:, HELD] = tables.static
     link = np.zeros((num_devices, num_devices))
     fit, patience = candidate.knobs[FIT], candidate.knobs[PATIENCE]
-    rule = (m, period, alternate, fit, patience)
+    rule = (period, alternate, fit, patience)
     position, left = offsets[:-1].copy(), seconds_of_work(m, num_devices, device, spec)
     for d in range(num_devices):
-        _choose(rule, spec, counts, arrived, state, choice, hosted, homes, d)
+        _choose(rule, spec, counts, due, state, choice, hosted, homes, d)
     for _ in range(offsets[-1]):
         d = _next_device(state)
         if state[d, WHEN] + left[d] > limit * (1 + 1e-12):
@@ -122,14 +123,14 @@ def list_schedule(instance: Any, candidate: Any, tables: Any, limit: float) -> A
         if position[d] == offsets[d]:
             state[d, FIRST] = state[d, WHEN]
         position[d] += 1
-        other = _run(instance.send, spec, target, counts, arrived, state, choice, link, d)
-        _choose(rule, spec, counts, arrived, state, choice, hosted, homes, d)
+        other = _run(instance.send, spec, target, counts, arrived, due, state, choice, link, d)
+        _choose(rule, spec, counts, due, state, choice, hosted, homes, d)
         if other >= 0:
-            _choose(rule, spec, counts, arrived, state, choice, hosted, homes, other)
+            _choose(rule, spec, counts, due, state, choice, hosted, homes, other)
     return Orders(offsets, kinds, stages, state)
 
 
-@compiled
+@inlined
 def _next_device(state: Any) -> int:
     """The device that can begin first."""
     found = 0
@@ -222,7 +223,7 @@ def _choose(
     rule: Any,
     spec: Any,
     counts: Any,
-    arrived: Any,
+    due: Any,
     state: Any,
     choice: Any,
     hosted: Any,
@@ -233,23 +234,16 @@ def _choose(
 
     Its stages are hosted[homes[d] : homes[d + 1]].
     """
-    m, period, alternate, fit, patience = rule
+    period, alternate, fit, patience = rule
     now, held, last = state[d, CLOCK], state[d, HELD], choice[d, LAST]
     best, kind, stage = np.inf, 0, -1  # among what is there
     coming, soon, soon_kind, soon_stage = np.inf, np.inf, 0, -1  # the first thing to arrive
-    weight_rank, weight = np.inf, -1
     for h in range(homes[d], homes[d + 1]):
         s = hosted[h]
         for k in range(2):
-            i = counts[s, k]
-            if i == m or arrived[s, k, i] > coming:
-                continue
-            if k == 0 and (
-                i - counts[s, 1] >= spec[s, LIMIT] or held + spec[s, TAKES] > spec[s, ROOM]
-            ):
-                continue
-            at = arrived[s, k, i]
-            if at == np.inf:
+            at = due[s, k]
+            full = k == 0 and held + spec[s, TAKES] > spec[s, ROOM]
+            if full or at == np.inf or at > coming:
                 continue
             rank = spec[s, RANK + k] + counts[s, k] * period + (alternate if k == last else 0.0)
             if at <= now:
@@ -257,10 +251,7 @@ def _choose(
                     best, kind, stage = rank, k, s
             elif at < coming or rank < soon:
                 coming, soon, soon_kind, soon_stage = at, rank, k, s
-        if spec[s, SPLIT] > 0 and counts[s, 2] < counts[s, 1]:
-            rank = spec[s, RANK + 2] + counts[s, 2] * period
-            if rank < weight_rank:
-                weight_rank, weight = rank, s
+    weight_rank, weight = _next_weight(spec, counts, hosted, homes[d], homes[d + 1], period)
     if weight_rank < best and (stage >= 0 or now + fit * spec[weight, SECONDS + 2] <= coming):
         best, kind, stage = weight_rank, 2, weight
     elif soon < best and stage >= 0 and coming < now + patience * spec[stage, SECONDS + kind]:
@@ -272,18 +263,16 @@ def _choose(
         state[d, WHEN], choice[d, KIND], choice[d, STAGE] = coming, soon_kind, soon_stage
 
 
-@compiled
-def _arrival(m: int, spec: Any, counts: Any, arrived: Any, held: float, s: int, k: int) -> float:
-    """When the next F (k = 0), B or I (1) of stage s could begin: inf where that is not known."""
-    i = counts[s, k]
-    if i == m:
-        return np.inf
-    if k == 0 and (i - counts[s, 1] >= spec[s, LIMIT] or held + spec[s, TAKES] > spec[s, ROOM]):
-        return np.inf
-    return arrived[s, k, i]
+@inlined
+def _refresh(spec: Any, counts: Any, arrived: Any, due: Any, s: int) -> None:
+    """When the next F and the next B or I of stage s could begin: inf where that is not known."""
+    for k in range(2):
+        i = counts[s, k]
+        full = k == 0 and i - counts[s, 1] >= spec[s, LIMIT]
+        due[s, k] = np.inf if full or i == arrived.shape[2] else arrived[s, k, i]
 
 
-@compiled
+@inlined
 def _next_weight(spec: Any, counts: Any, hosted: Any, first: int, stop: int, period: float) -> Any:
     """The most urgent W that can run; all that can are there already."""
     best, choice = np.inf, -1
@@ -296,13 +285,14 @@ def _next_weight(spec: Any, counts: Any, hosted: Any, first: int, stop: int, per
     return best, choice
 
 
-@compiled
+@inlined
 def _run(
     send: float,
     spec: Any,
     target: Any,
     counts: Any,
     arrived: Any,
+    due: Any,
     state: Any,
     choice: Any,
     link: Any,
@@ -318,7 +308,10 @@ def _run(
     end = begin + spec[s, SECONDS + kind]
     state[d, WORKED] += end - begin
     state[d, CLOCK] = end
-    if kind == 2 or (kind == 1 and s == 0):
+    if kind == 2:
+        return -1
+    if kind == 1 and s == 0:
+        _refresh(spec, counts, arrived, due, s)
         return -1
     to, side = (s + 1, 0) if kind == 0 else (s - 1, 1)
     if to > last:
@@ -326,8 +319,10 @@ def _run(
     other = target[s, kind]
     if other < 0:
         arrived[to, side, i] = end
-        return -1
-    state[d, CLOCK] = end + send
-    link[d, other] = max(end + send, link[d, other]) + spec[s, BUSY + kind]
-    arrived[to, side, i] = link[d, other] + spec[s, LATENCY + kind]
+    else:
+        state[d, CLOCK] = end + send
+        link[d, other] = max(end + send, link[d, other]) + spec[s, BUSY + kind]
+        arrived[to, side, i] = link[d, other] + spec[s, LATENCY + kind]
+    _refresh(spec, counts, arrived, due, s)
+    _refresh(spec, counts, arrived, due, to)
     return other

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numba
 import numpy as np
 
 from adaptis.kernels import compiled
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from adaptis.profile import Profile
 
 F, B, I, W = 0, 1, 2, 3  # noqa: E741 - the letters of the field; as in `adaptis.timeline.OPS`
+
+# For what the inner loops call: handing over arrays costs more than such a helper does with them.
+inlined = numba.njit(inline="always", nogil=True)
 
 
 class Instance(NamedTuple):

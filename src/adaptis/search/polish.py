@@ -25,7 +25,7 @@ from adaptis.search.greedy import (
     make_spec,
     seconds_of_work,
 )
-from adaptis.search.instance import finish, price
+from adaptis.search.instance import finish, inlined, price
 
 BORDER_SHARE = 0.15  # of the trials move a border, the others a computation
 
@@ -157,7 +157,7 @@ def _replay(
     return done
 
 
-@compiled
+@inlined
 def _begin(
     spec: Any,
     k: int,
@@ -198,7 +198,7 @@ def _begin(
     return True
 
 
-@compiled
+@inlined
 def _hand_over(
     send: float,
     spec: Any,
