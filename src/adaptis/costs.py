@@ -32,6 +32,7 @@ class StageCosts:
     backward: Floats
     backward_input: Floats
     backward_weight: Floats
+    recomputed: NDArray[np.bool_]  # whether the stage keeps only its input
     recompute: Floats  # F again; 0 where the stage keeps its activations
     kept: Floats  # bytes from F on: all activations, or the input alone
     saved: Floats  # bytes from F or R to B or I
@@ -83,6 +84,7 @@ def price(stages: Sequence[Stage], profile: Profile, cluster: Cluster) -> StageC
         backward=(total("backward") + extra.backward) * slowness,
         backward_input=(total("backward_input") + extra.backward_input) * slowness,
         backward_weight=(total("backward_weight") + extra.backward_weight) * slowness,
+        recomputed=recompute,
         recompute=np.where(recompute, forward, 0.0),
         kept=np.where(recompute, inputs, saved),
         saved=saved,

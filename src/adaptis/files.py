@@ -64,13 +64,19 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
             result[key] = value
         return result
 
+    def finite(text: str) -> float:
+        number = float(text)
+        return number if abs(number) <= sys.float_info.max else refuse(text)
+
     def refuse(constant: str) -> float:
         raise InputError(
             f"{where}: {constant} is not a number that JSON knows; give a finite number"
         )
 
     try:
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(
+            text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite
+        )
     except json.JSONDecodeError as error:
         raise InputError(
             f"{where}: line {error.lineno}, column {error.colno}: not JSON ({error.msg.lower()})"
@@ -134,6 +140,11 @@ class Fields:
             raise InputError(
                 f"{self.where}: {key!r} is {_name_of(value)}, {_NAMES[kind]} is needed"
             )
+        if isinstance(value, str) and not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError:
+                raise InputError(f"{self.where}: {key!r} holds half a character") from None
         return cast("T", value)
 
     def number(self, key: str, default: object = _MISSING, least: float = 0.0) -> float:

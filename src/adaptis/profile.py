@@ -225,7 +225,8 @@ def profile_to_json(profile: Profile) -> dict[str, Any]:
         "shared": [{"layers": list(s.layers), "bytes": s.bytes} for s in profile.shared],
         "layers": layers,
     }
-    return {key: item for key, item in result.items() if item not in (None, "", {}, [])}
+    optional = ("devices", "microbatches", "source", "machine", "overheads", "shared")
+    return {key: item for key, item in result.items() if item or key not in optional}
 
 
 def scaled(layer: LayerCost, factor: float) -> LayerCost:

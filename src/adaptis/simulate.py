@@ -20,7 +20,7 @@ import numpy as np
 
 from adaptis.check import check
 from adaptis.costs import price
-from adaptis.errors import ProgramError
+from adaptis.errors import PlanError, ProgramError
 from adaptis.kernels import replay
 from adaptis.lower import lower
 from adaptis.program import Compute, Kind, Op
@@ -101,10 +101,15 @@ def simulate_plan(
     """Check `plan` and simulate it.
 
     Raises:
-        PlanError: the plan is for another model.
+        PlanError: the plan is for another model or number of devices.
         ProgramError: it breaks a rule.
     """
     plan.fits(profile)
+    if plan.num_devices != cluster.num_devices:
+        raise PlanError(
+            f"the plan is for {plan.num_devices} devices, the cluster has {cluster.num_devices}; "
+            f"make a plan for it with `adaptis plan`"
+        )
     program = lower(plan)
     check(program)
     return simulate(program, price(plan.stages, profile, cluster), workload, name=plan.schedule)
@@ -152,7 +157,7 @@ def simulate(
         microbatch=rows.microbatch,
         start=start,
         end=end,
-        step=step_seconds(rows.offsets, end, costs),
+        step=step_seconds(rows, end, costs),
         peak_bytes=tuple(int(curve.max()) if len(curve) else 0 for _, curve in memory),
         memory=memory,
         transfers=_transfers(rows, costs, program.placement, travels, busy + latency, arrival),
@@ -186,9 +191,13 @@ def hops(
     return np.where(travels, busy * weights, 0.0), np.where(travels, latency, 0.0)
 
 
-def step_seconds(offsets: NDArray[np.int64], end: NDArray[np.float64], costs: StageCosts) -> float:
-    """The end of the step: computations, shared gradients, optimizer."""
-    last = np.array([end[b - 1] if b > a else 0.0 for a, b in pairwise(offsets)])
+def step_seconds(rows: Rows, end: NDArray[np.float64], costs: StageCosts) -> float:
+    """The end of the step: computations, the last sends, shared gradients, optimizer."""
+    last = np.zeros(costs.num_devices)
+    for device, (first, stop) in enumerate(pairwise(rows.offsets)):
+        if stop > first:
+            sends = costs.send if rows.reader[stop - 1] >= 0 else 0.0
+            last[device] = end[stop - 1] + sends
     for devices, seconds in costs.shared:
         last[list(devices)] = last[list(devices)].max() + seconds
     return float((last + costs.update).max())
@@ -211,7 +220,7 @@ def _memory(
         [zero, costs.saved, costs.saved, costs.saved_weight, zero],
     )
     # A recomputed stage still holds its input when B or I ends.
-    again = costs.recompute > 0
+    again = costs.recomputed
     freed[B] += np.where(again, costs.kept, 0.0)
     freed[I] += np.where(again, costs.kept, 0.0)
     # What W needs is a part of what was saved: I keeps it, it does not take it anew.

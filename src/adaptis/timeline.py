@@ -13,12 +13,13 @@ step has exactly one of: busy, or
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adaptis.errors import InputError
+from adaptis.errors import InputError, ProgramError
 from adaptis.files import Fields, read_json
 from adaptis.program import Compute, Kind, Op, parse_compute, reads
 
@@ -204,19 +205,18 @@ def timeline_from_json(value: dict[str, Any], where: str = "timeline") -> Timeli
     """A timeline from its JSON form."""
     top = Fields(value, where)
     top.format(FORMAT, VERSION)
-    devices = top.take("devices", list)
-    rows: list[list[tuple[Compute, float, float]]] = []
-    for d, entries in enumerate(devices):
-        if not isinstance(entries, list):
-            raise InputError(f"{where}: devices[{d}] is no list of [instruction, start, end]")
-        rows.append([_row(entry, f"{where}: devices[{d}][{i}]") for i, entry in enumerate(entries)])
+    rows = [_rows(d, entries, where) for d, entries in enumerate(top.take("devices", list))]
     placement = top.take("placement", list)
     if not all(type(d) is int and 0 <= d < len(rows) for d in placement):
         raise InputError(
             f"{where}: 'placement' must give each stage one of the {len(rows)} devices"
         )
-    if any(c.stage >= len(placement) for row in rows for c, _, _ in row):
-        raise InputError(f"{where}: an instruction names a stage that 'placement' does not have")
+    count = top.count("num_microbatches", least=1)
+    for compute in (compute for row in rows for compute, _, _ in row):
+        if compute.stage >= len(placement) or compute.microbatch >= count:
+            raise InputError(
+                f"{where}: {compute} is beyond {len(placement)} stages and {count} micro-batches"
+            )
     peak = top.take("peak_bytes", list, [])
     if not all(type(b) is int and b >= 0 for b in peak) or len(peak) not in (0, len(rows)):
         raise InputError(
@@ -227,7 +227,7 @@ def timeline_from_json(value: dict[str, Any], where: str = "timeline") -> Timeli
         name=top.take("name", str),
         source=top.take("source", str),
         placement=tuple(placement),
-        num_microbatches=top.count("num_microbatches", least=1),
+        num_microbatches=count,
         step=top.number("step_seconds"),
         peak_bytes=tuple(peak),
         notes=top.take("notes", dict, {}),
@@ -236,12 +236,30 @@ def timeline_from_json(value: dict[str, Any], where: str = "timeline") -> Timeli
     return timeline
 
 
+def _rows(device: int, entries: object, where: str) -> list[tuple[Compute, float, float]]:
+    """One device's rows, in the order they ran."""
+    if not isinstance(entries, list):
+        raise InputError(f"{where}: devices[{device}] is no list of [instruction, start, end]")
+    rows = []
+    clock = 0.0
+    for index, entry in enumerate(entries):
+        at = f"{where}: devices[{device}][{index}]"
+        row = _row(entry, at)
+        if row[1] < clock:
+            raise InputError(f"{at}: starts before the one above it; give them in order")
+        clock = row[1]
+        rows.append(row)
+    return rows
+
+
 def _row(entry: object, where: str) -> tuple[Compute, float, float]:
     match entry:
-        case [str() as text, (int() | float()) as start, (int() | float()) as end] if (
-            0 <= start <= end
-        ):
-            return parse_compute(text), float(start), float(end)
+        case [str() as text, (int() | float()) as start, (int() | float()) as end]:
+            if bool not in (type(start), type(end)) and 0 <= start <= end <= sys.float_info.max:
+                try:
+                    return parse_compute(text), float(start), float(end)
+                except ProgramError as error:
+                    raise InputError(f"{where}: {error}") from None
     raise InputError(f"{where}: {entry!r} is no [instruction, start, end]")
 
 
