@@ -124,7 +124,7 @@ def demo(
     outcomes = []
     for preset in [only] if only else main_job.PRESETS:
         warn(f"{preset}: {main_job.DEVICES} processes, {settings.microbatches} micro-batches")
-        with Reporter("  ") as reporter:
+        with Reporter("  ", plans=True) as reporter:
             outcomes.append(main_job.run_model(preset, settings, reporter.say))
         if not as_json:
             table(outcomes[-1].profile.model, main_job.COLUMNS, main_job.rows(outcomes[-1]))
@@ -168,7 +168,7 @@ def profile(
     Example: adaptis profile demo-hybrid -o profile.json
     """
     from adaptis.cluster import cluster_to_json
-    from adaptis.console import Reporter, show_profile, warn
+    from adaptis.console import Reporter, show_profile
     from adaptis.files import write_json
     from adaptis.jobs import ProfileJob, check_file, compute_profile, measure_profile
     from adaptis.profile import profile_to_json
@@ -178,7 +178,6 @@ def profile(
     if analytic is not None:
         found, cluster = compute_profile(job, analytic), None
     else:
-        warn(f"starting {devices} process(es)")
         with Reporter() as reporter:
             found, cluster = measure_profile(job, reporter.say)
     value = profile_to_json(found)
@@ -222,7 +221,7 @@ def plan(
     )
     above_zero("--seconds", seconds)
     check_file(output)
-    with Reporter() as reporter:
+    with Reporter(plans=True) as reporter:
 
         def progress(state: Any) -> None:
             values = {name: getattr(state, name) for name in ("best", "gap", "seconds")}
@@ -274,7 +273,7 @@ def compare(
         file, devices, microbatches, cluster_file, memory_gib, shard_head
     )
     above_zero("--seconds", seconds)
-    with Reporter() as reporter:
+    with Reporter(plans=True) as reporter:
         result = compare_all(
             found, cluster, count, search_seconds=seconds, seed=seed, say=reporter.say
         )
@@ -391,7 +390,7 @@ def train(
     Every key of the training file can be given as --section.key value.
     """
     from adaptis.config import load_config, parse_words
-    from adaptis.console import Reporter, show_training, warn
+    from adaptis.console import Reporter, show_training
     from adaptis.jobs import check_folder, check_training, train_config
 
     config, overrides = parse_words(words or [])
@@ -402,9 +401,7 @@ def train(
     loaded = load_config(config, overrides)
     check_folder(Path(loaded.train.folder))
     check_training(loaded)
-    if "RANK" not in os.environ:
-        warn(f"starting {loaded.train.devices} process(es)")
-    with Reporter() as reporter:
+    with Reporter(plans=loaded.train.plan == "auto") as reporter:
         result = train_config(loaded, reporter.say)
     if result is None:
         return  # another rank than 0

@@ -70,7 +70,7 @@ def simulation(
     summary = answer.summary()
     result = figures(answer) | {
         "lower_bound_seconds": bound,
-        "gap": answer.step / bound - 1 if bound else 0.0,
+        "gap": max(answer.step / bound - 1, 0.0) if bound else 0.0,
         "bubble_seconds": summary["bubble_seconds"],
         "busy_seconds": summary["busy_seconds"],
         "fits": lacking is None,

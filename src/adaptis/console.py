@@ -6,6 +6,7 @@ shortened or broken, however narrow the terminal: a table is plain lines.
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -23,11 +24,27 @@ out = Console(highlight=False, soft_wrap=False)
 err = Console(stderr=True, highlight=False)
 
 
+def _prepare_planner() -> None:
+    """Have the planner's machine code ready, and say what is going on where that takes a while."""
+    from adaptis.search.tune import warm_up
+
+    text = "compiling the planner: half a minute, once on this machine"
+    note = threading.Timer(1.5, err.print, (text,))
+    note.daemon = True
+    note.start()
+    try:
+        warm_up()
+    finally:
+        note.cancel()
+
+
 class Reporter:
     """Live progress: one line a phase, kept when the phase is over."""
 
-    def __init__(self, prefix: str = "") -> None:
+    def __init__(self, prefix: str = "", *, plans: bool = False) -> None:
+        """Prefix each line; `plans`: the planner will be used, compile it first where needed."""
         self.prefix = prefix
+        self._plans = plans
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
@@ -40,6 +57,8 @@ class Reporter:
         self._told: dict[str, int] = {}
 
     def __enter__(self) -> Reporter:
+        if self._plans:
+            _prepare_planner()
         if self._live:
             self._progress.start()
         return self
@@ -70,6 +89,8 @@ class Reporter:
     def say(self, kind: str, data: dict[str, Any]) -> None:
         """What a run says (see `execute`)."""
         match kind:
+            case "starting":
+                self.line(f"starting {data['processes']} process(es)")
             case "measuring":
                 self.update("measuring layers", data["done"], data["total"])
             case "planning":
@@ -220,7 +241,7 @@ def show_timeline(answer: Timeline, count: int, assumed: str, bound: float) -> N
 
 
 def _above(step: float, bound: float) -> str:
-    return f"{step / bound - 1:.1%}" if bound else "0.0%"
+    return f"{max(step / bound - 1, 0.0):.1%}" if bound else "0.0%"
 
 
 def _peak(num_bytes: float) -> str:

@@ -7,6 +7,7 @@ when they run. What can be refused before any process starts is refused here.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import os
 from dataclasses import dataclass, replace
@@ -189,6 +190,7 @@ def measure_profile(
 
     recipe = read_preset(job.preset)
     fits_vocabulary(recipe, recipe.tokenizer, recipe.vocabulary)
+    say("starting", {"processes": job.devices})
     return launch(_rank, job.devices, job, recipe, say=say)[0]
 
 
@@ -308,7 +310,7 @@ def train_config(
     """
     from adaptis.execute.data import TextBatches
     from adaptis.execute.train import adamw, train
-    from adaptis.measure.zoo import read_preset
+    from adaptis.measure.zoo import load_preset, read_preset
 
     settings, data, recipe = config.train, config.data, read_preset(config.model.preset)
     batches = TextBatches(
@@ -321,8 +323,10 @@ def train_config(
         settings.seed,
     )
     batches.corpus()  # trains the tokenizer at first use: once, not in every process
+    if "RANK" not in os.environ:
+        say("starting", {"processes": settings.devices})
     result = train(
-        recipe.model(),
+        functools.partial(load_preset, config.model.preset),  # built by the ranks alone
         batches,
         devices=settings.devices,
         steps=settings.steps,

@@ -29,7 +29,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from adaptis.errors import Error, RankError
+from adaptis.errors import Error, InputError, RankError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -44,6 +44,7 @@ _SYMPTOMS = (
     "broken pipe",
     "gloo",
 )
+NO_GUARD = 87  # how a child says that its import of the script started a run of its own
 SETTLE = 0.3  # seconds to let the other ranks report before the first cause is named
 STALL = 120.0  # seconds without any progress of any rank
 
@@ -79,7 +80,7 @@ class ProgressRecord:
         )
 
     def leave(self) -> None:
-        """No program runs now."""
+        """The step is over; no program runs now."""
         self._program = -1
         self.at(-1)
 
@@ -114,8 +115,11 @@ def launch(
         say: called with what rank 0 says.
 
     Raises:
+        InputError: the script that called this starts a run when it is imported.
         RankError: a rank died, raised or hung; every process has ended by then.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        os._exit(NO_GUARD)  # this is a child that is still importing the user's script
     with tempfile.TemporaryDirectory(prefix="adaptis-") as folder:
         record = Path(folder, "progress")
         record.write_bytes(_RECORD.pack(-1, -1, -1, COMPUTING) * num_ranks)
@@ -270,6 +274,11 @@ def _fail(ranks: list[_Rank], record: Path) -> NoReturn:
         code = rank.process.exitcode
         if code is None or rank.done or rank.error:
             continue
+        if code == NO_GUARD:
+            raise InputError(
+                "each process imports this script, which starts a run again: call adaptis.train "
+                'below `if __name__ == "__main__":`'
+            )
         spot = place(rank, data, number)
         if code >= 0:
             text = f"rank {number} ended with status {code} before its work was done ({spot})"
@@ -314,7 +323,7 @@ def place(rank: _Rank, data: bytes, number: int) -> str:
     program, step, position, state = _read(data, number)
     lines = rank.programs.get(program)
     if lines is None or not 0 <= position < len(lines):
-        return f"step {step}, {rank.phase}" if program >= 0 else rank.phase
+        return f"step {step}, {rank.phase}" if step >= 0 else rank.phase
     waiting = ", waiting for its input" if state == WAITING else ""
     return f"step {step}, {lines[position]}{waiting}"
 

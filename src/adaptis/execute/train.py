@@ -25,7 +25,7 @@ from adaptis.execute.world import World, launched, seated, under_torchrun
 from adaptis.files import write_json
 from adaptis.plan import Plan, load_plan, plan_from_json, plan_to_json, save_plan
 from adaptis.profile import profile_to_json
-from adaptis.search import Stop, search
+from adaptis.search import Progress, Stop, search
 from adaptis.timeline import timeline_to_json
 
 if TYPE_CHECKING:
@@ -192,7 +192,20 @@ def _plan(world: World, model: TorchModel, job: Job) -> tuple[Measured, Plan]:
     text = None
     if world.rank == 0:
         stop = Stop(seconds=job.search_seconds)
-        answer = search(measured.profile, measured.cluster, len(first), stop, seed=job.seed)
+        limit = job.search_seconds
+
+        def progress(found: Progress) -> None:
+            now = {"best": found.best, "gap": found.gap, "seconds": found.seconds, "limit": limit}
+            world.say("planning", **now)
+
+        answer = search(
+            measured.profile,
+            measured.cluster,
+            len(first),
+            stop,
+            seed=job.seed,
+            progress=progress,
+        )
         text = json.dumps(plan_to_json(answer.plan))
         if job.folder:
             write_json(Path(job.folder, "profile.json"), profile_to_json(measured.profile))

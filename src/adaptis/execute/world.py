@@ -115,6 +115,11 @@ def launched(say: Callable[[str, dict[str, Any]], None]) -> Iterator[World]:
         dist.init_process_group("gloo", timeout=TIMEOUT)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise _rendezvous_error(error) from None
+    except ValueError as error:
+        raise InputError(
+            f"RANK and WORLD_SIZE are set but the rendezvous is not ({error}): start with "
+            f"torchrun, or unset RANK and WORLD_SIZE"
+        ) from None
     with tempfile.NamedTemporaryFile() as file:
         file.write(bytes(32 * (rank + 1)))
         file.flush()

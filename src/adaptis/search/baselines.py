@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from adaptis.cluster import Cluster
     from adaptis.profile import Profile
 
-REPLAYED_ROWS = 20_000_000  # how much "1f1b-uneven" may simulate: a second or so
+REPLAYED_ROWS = 8_000_000  # how much "1f1b-uneven" may simulate: a second or so
 
 
 def _plan(
@@ -113,7 +113,7 @@ def uneven(profile: Profile, cluster: Cluster, num_microbatches: int) -> Plan:
         seeds.append(np.array(even_cut(profile, p), dtype=np.int64))
     programs = SCHEDULES["1f1b"].orders(p, num_microbatches)
     rows = 2 * p * num_microbatches
-    most = max(REPLAYED_ROWS // rows // len(seeds), 2 * p)
+    most = REPLAYED_ROWS // rows // len(seeds) + 1
     found = []
     for problem in (instance, free):  # the second only counts where nothing fits
         for seed in seeds:

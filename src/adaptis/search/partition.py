@@ -79,7 +79,7 @@ def climb(instance: Any, fixed: Any, reach: int, most: int) -> Any:
             for taker in range(max(0, giver - reach), min(num_stages, giver + reach + 1)):
                 if not _pass_on(fixed.stop, giver, taker):
                     continue
-                trial = retime(instance, fixed, trace)
+                trial = retime(instance, fixed, trace, cost)
                 replays += 1
                 if trial < cost:
                     cost, better = trial, True

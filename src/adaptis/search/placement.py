@@ -13,6 +13,7 @@ from adaptis.search.partition import bottleneck_cut
 if TYPE_CHECKING:
     from adaptis.search.instance import Instance
 
+MOST_ROWS = 400_000  # computations of a candidate: a tenth of a second
 CHUNKS = (1, 2, 3, 4, 6, 8)  # stages per device
 # period, alternate, fit, patience, defer: see `adaptis.search.greedy`
 RULES = (
@@ -26,7 +27,9 @@ RULES = (
 
 def most_stages(instance: Instance) -> int:
     """More stages than this are not tried: they only make each trial dearer."""
-    return min(len(instance.output), max(8 * len(instance.slowness), 16))
+    num_devices = len(instance.slowness)
+    affordable = max(MOST_ROWS // (3 * instance.num_microbatches), num_devices)
+    return min(len(instance.output), max(8 * num_devices, 16), affordable)
 
 
 def starts(instance: Instance) -> list[tuple[float, Candidate]]:
@@ -82,8 +85,9 @@ def _best_rule(instance: Instance, stop: Any, device: Any) -> tuple[float, Candi
     """The best of the rules, and of whole and split backwards."""
     n = len(stop)
     found = []
-    for rule in RULES:
-        for split in (False, True):
+    few = 3 * n * instance.num_microbatches > MOST_ROWS // 4
+    for rule in RULES[: 2 if few else len(RULES)]:
+        for split in (True,) if few else (False, True):
             candidate = Candidate(
                 np.asarray(stop, dtype=np.int64),
                 np.asarray(device, dtype=np.int64),

@@ -18,10 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adaptis.check import check
 from adaptis.cluster import uniform
 from adaptis.errors import InfeasibleError, PlanError
-from adaptis.lower import lower
 from adaptis.search.anneal import anneal, even_out
 from adaptis.search.baselines import BASELINES
 from adaptis.search.bounds import lower_bounds
@@ -47,7 +45,11 @@ ISLANDS = 2
 ROWS_A_PIECE = 1_500_000  # computations simulated between two looks at the clock: 0.2 s
 FIRST_RUN, LONGEST_RUN = 6_000, 60_000  # trials
 EVEN_TRIALS = 5_000  # of layers only, without simulation
-HOT, WARM, COLD = 0.012, 0.003, 0.0003  # temperatures, shares of the step
+# Temperatures at the beginning and the end of a run, shares of the step: anew in turns, or from
+# the best so far. Many runs of moderate length beat one long one.
+HEATS, WARM = ((0.012, 0.001), (0.006, 0.0003)), (0.003, 0.0003)
+PROOF_A_ROW = 4e-5  # seconds that the final proof takes for each computation
+POLISH = (0.001, 0.00002)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +145,8 @@ def search(
             gap = bounds.gap(best.cost)
             if progress is not None:
                 progress(Progress(seconds, evaluated, best.cost, bounds.value, gap))
-            if gap <= stop.gap or seconds >= stop.seconds or evaluated >= stop.evaluations:
+            rest = PROOF_A_ROW * len(best.fixed.kind) if best.fixed is not None else 0.0
+            if gap <= stop.gap or seconds + rest >= stop.seconds or evaluated >= stop.evaluations:
                 break
             for found in threads.map(next, islands):
                 evaluated += found.evaluations
@@ -164,10 +167,10 @@ def warm_up() -> None:
     layer = LayerCost("", "", 1.0, 1.0, 1.0, 2.0)
     instance = make_instance(Profile("", 1, (layer,) * 4), uniform(2), 2)
     _, candidate = starts(instance)[0]
-    anneal(instance, candidate, candidate, 0, 0, 1, 1, HOT, COLD, 4)
+    anneal(instance, candidate, candidate, 0, 0, 1, 1, *WARM, 4)
     even_out(instance, candidate, 0, 1, 4)
     fixed = fix(instance, candidate)
-    polish(instance, fixed, fixed, 0, 0, 1, 1, HOT, COLD)
+    polish(instance, fixed, fixed, 0, 0, 1, 1, *POLISH)
 
 
 def _merge(best: _Incumbent, found: _Found) -> None:
@@ -192,14 +195,14 @@ def _island(
     for run in range(1 << 30):
         length = min(FIRST_RUN << (run // 2), LONGEST_RUN)
         if run % 3 == 2:
-            start, hot = best.candidate, WARM
+            start, heat = best.candidate, WARM
         else:
-            start, hot = pool[(2 * run + number) % min(len(pool), 8)][1], HOT
+            start, heat = pool[(2 * run + number) % min(len(pool), 8)][1], HEATS[run % 2]
             if (run + number) % 2:
                 seed = int(random.integers(1 << 31))
                 start = even_out(instance, start, seed, EVEN_TRIALS, most_stages(instance))
         candidate, cost = start, math.inf
-        for found in _anneal_run(instance, start, length, hot, random):
+        for found in _anneal_run(instance, start, length, heat, random):
             yield found
             if found.candidate is not None:
                 candidate, cost = found.candidate, found.candidate_cost
@@ -214,7 +217,11 @@ def _piece(instance: Instance, num_stages: int) -> int:
 
 
 def _anneal_run(
-    instance: Instance, start: Candidate, length: int, hot: float, random: np.random.Generator
+    instance: Instance,
+    start: Candidate,
+    length: int,
+    heat: tuple[float, float],
+    random: np.random.Generator,
 ) -> Iterator[_Found]:
     current, best = start, start
     most, first = most_stages(instance), 0
@@ -222,7 +229,7 @@ def _anneal_run(
         stop = min(first + _piece(instance, len(current.stop)), length)
         seed = int(random.integers(1 << 31))
         current, best, least = anneal(
-            instance, current, best, seed, first, stop, length, hot, COLD, most
+            instance, current, best, seed, first, stop, length, *heat, most
         )
         fixed = fix(instance, best) if least < IMPOSSIBLE else None
         yield _Found(stop - first, best, least, fixed, least if fixed is not None else math.inf)
@@ -236,9 +243,7 @@ def _polish_run(
     while first < length:
         stop = min(first + _piece(instance, len(start.stop)), length)
         seed = int(random.integers(1 << 31))
-        current, best, least = polish(
-            instance, current, best, seed, first, stop, length, 0.001, 0.00002
-        )
+        current, best, least = polish(instance, current, best, seed, first, stop, length, *POLISH)
         yield _Found(stop - first, fixed=best, cost=least)
         first = stop
 
@@ -286,10 +291,9 @@ def _result(
     seed: int,
     history: list[tuple[float, float]],
 ) -> SearchResult:
-    """The typed answer, proven and simulated again by the public path."""
+    """The typed answer: `simulate_plan` lowers it, proves it and simulates it again."""
     num_microbatches = int(np.bincount(fixed.stage[fixed.kind == 0])[0])
     plan = plan_of(fixed, num_microbatches, profile, "adaptis")
-    check(lower(plan))
     timeline = simulate_plan(plan, profile, cluster)
     provenance = {
         "step_seconds": timeline.step,
