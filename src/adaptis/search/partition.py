@@ -77,7 +77,7 @@ def climb(instance: Any, fixed: Any, reach: int, most: int) -> Any:
         better = False
         for giver in range(num_stages):
             for taker in range(max(0, giver - reach), min(num_stages, giver + reach + 1)):
-                if not _pass_on(fixed.stop, giver, taker):
+                if replays >= most or not _pass_on(fixed.stop, giver, taker):
                     continue
                 trial = retime(instance, fixed, trace, cost)
                 replays += 1
