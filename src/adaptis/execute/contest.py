@@ -74,7 +74,8 @@ def run_contest(world: World, contest: Contest) -> dict[str, Any] | None:
     world.say("profile", profile=profile_to_json(measured.profile))
     text = None
     if world.rank == 0:
-        plans = contest.plans(measured.profile, measured.cluster, world.say)
+        with world.every_core():
+            plans = contest.plans(measured.profile, measured.cluster, world.say)
         text = json.dumps([plan_to_json(plan) for plan in plans])
     plans = [plan_from_json(value) for value in json.loads(world.broadcast(text))]
     reference = _reference(world, model, contest)

@@ -124,12 +124,15 @@ def launch(
         record = Path(folder, "progress")
         record.write_bytes(_RECORD.pack(-1, -1, -1, COMPUTING) * num_ranks)
         context = multiprocessing.get_context("spawn")
+        cores = tuple(sorted(os.sched_getaffinity(0)))
         ranks: list[_Rank] = []
         try:
             with _environment(threads):
                 for rank in range(num_ranks):
                     here, there = context.Pipe()
-                    seat = Seat(rank, num_ranks, str(Path(folder, "store")), str(record), threads)
+                    seat = Seat(
+                        rank, num_ranks, cores, str(Path(folder, "store")), str(record), threads
+                    )
                     process = context.Process(
                         target=_child, args=(seat, there, os.getpid(), target, args), daemon=True
                     )
@@ -148,9 +151,17 @@ class Seat:
 
     rank: int
     num_ranks: int
+    cores: tuple[int, ...]  # that the run may use
     store: str  # file where the ranks find each other
     record: str  # file of the progress records
     threads: int
+
+    def own_cores(self) -> tuple[int, ...]:
+        """The cores of this rank alone; all of them where there are too few to share out."""
+        each = len(self.cores) // self.num_ranks
+        if each < self.threads:
+            return self.cores
+        return self.cores[self.rank * each : (self.rank + 1) * each]
 
 
 @contextlib.contextmanager
@@ -192,6 +203,8 @@ def _child(
     )  # PR_SET_PDEATHSIG: no process outlives the supervisor
     if os.getppid() != parent:
         os._exit(1)
+    # On cores of its own, a rank that waits for a lock of its network thread makes room for it.
+    os.sched_setaffinity(0, seat.own_cores())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-c is the supervisor's business
     try:
         connection.send(("result", target(seat, connection, *args)))

@@ -198,14 +198,15 @@ def _plan(world: World, model: TorchModel, job: Job) -> tuple[Measured, Plan]:
             now = {"best": found.best, "gap": found.gap, "seconds": found.seconds, "limit": limit}
             world.say("planning", **now)
 
-        answer = search(
-            measured.profile,
-            measured.cluster,
-            len(first),
-            stop,
-            seed=job.seed,
-            progress=progress,
-        )
+        with world.every_core():
+            answer = search(
+                measured.profile,
+                measured.cluster,
+                len(first),
+                stop,
+                seed=job.seed,
+                progress=progress,
+            )
         text = json.dumps(plan_to_json(answer.plan))
         if job.folder:
             write_json(Path(job.folder, "profile.json"), profile_to_json(measured.profile))

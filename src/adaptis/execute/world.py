@@ -35,6 +35,7 @@ class World:
     size: int
     progress: ProgressRecord
     tell: Callable[..., None]  # ("say", kind, data), ("phase", text) or ("program", key, lines)
+    cores: tuple[int, ...]  # that all ranks of this machine may use
 
     def say(self, kind: str, **data: Any) -> None:
         """Tell whoever watches; what other ranks than 0 say is not shown."""
@@ -43,6 +44,16 @@ class World:
     def phase(self, text: str) -> None:
         """What this rank does now, for messages about its death."""
         self.tell("phase", text)
+
+    @contextlib.contextmanager
+    def every_core(self) -> Iterator[None]:
+        """This rank may use all cores while the others wait for it."""
+        own = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, self.cores)
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, own)
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -85,7 +96,9 @@ def seated(seat: Seat, connection: Connection) -> Iterator[World]:
         connection.send(message)
 
     try:
-        yield World(seat.rank, seat.num_ranks, ProgressRecord(seat.record, seat.rank), tell)
+        yield World(
+            seat.rank, seat.num_ranks, ProgressRecord(seat.record, seat.rank), tell, seat.cores
+        )
         dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -120,11 +133,12 @@ def launched(say: Callable[[str, dict[str, Any]], None]) -> Iterator[World]:
             f"RANK and WORLD_SIZE are set but the rendezvous is not ({error}): start with "
             f"torchrun, or unset RANK and WORLD_SIZE"
         ) from None
+    cores = tuple(sorted(os.sched_getaffinity(0)))
     with tempfile.NamedTemporaryFile() as file:
         file.write(bytes(32 * (rank + 1)))
         file.flush()
         try:
-            yield World(rank, size, ProgressRecord(Path(file.name), rank), tell)
+            yield World(rank, size, ProgressRecord(Path(file.name), rank), tell, cores)
             dist.barrier()
         finally:
             dist.destroy_process_group()
