@@ -20,6 +20,7 @@ $(VENV)/.installed: pyproject.toml
 	@echo "setting up $(VENV) (a minute or two, once) ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[torch]' --group dev
+	@$(BIN)/python -c 'from adaptis.search.tune import warm_up; warm_up()'
 	@touch $@
 
 demo: $(VENV)/.installed

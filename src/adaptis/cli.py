@@ -1,8 +1,7 @@
 """The command line: each verb reads and writes files, and says what to do next.
 
-Results go to stdout (with `--json` as one JSON object), progress and messages to stderr. Exit
-status: 0 done, 1 a clear "no", 2 bad input. One micro-batch's way from here to a gradient is told
-in `docs/design/walkthrough.md`.
+Results go to stdout (`--json`: one object), the rest to stderr; status 0 done, 1 a clear "no", 2 bad
+input. `docs/design/walkthrough.md` follows one micro-batch from here to a gradient.
 """
 
 from __future__ import annotations
@@ -127,12 +126,13 @@ def demo(
         with Reporter("  ", plans=True) as reporter:
             outcomes.append(main_job.run_model(preset, settings, reporter.say))
         if not as_json:
-            table(outcomes[-1].profile.model, main_job.COLUMNS, main_job.rows(outcomes[-1]))
+            table(preset, main_job.COLUMNS, main_job.rows(outcomes[-1]))
             line(main_job.verdict(outcomes[-1]))
     summary = main_job.write_outputs(outcomes, folder)
     first = folder / outcomes[0].preset
     if not _emit(summary | {"folder": str(folder)}, as_json):
-        line(f"\nAll results are in {folder}:")
+        error = summary["mean_absolute_prediction_error"]
+        line(f"\nPredictions are off by {error:.1%} on the average. All results: {folder}")
         line(f"  {folder}/report.html   open it: predicted and measured, side by side")
         line(f"  {first}/before-and-after.svg   the picture")
         line(f"  {folder}/trace.json    for ui.perfetto.dev or chrome://tracing")

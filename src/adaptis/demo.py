@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from statistics import median
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from adaptis.cluster import cluster_from_json, cluster_to_json
@@ -20,7 +20,7 @@ from adaptis.files import write_json, write_text
 from adaptis.plan import plan_from_json, plan_to_json
 from adaptis.profile import profile_from_json, profile_to_json
 from adaptis.report import chrome, html, svg
-from adaptis.search import BASELINES, Stop, search
+from adaptis.search import BASELINES, Stop, interleaved_tuned, search
 from adaptis.simulate import simulate_plan
 from adaptis.timeline import timeline_from_json, timeline_to_json
 
@@ -34,7 +34,12 @@ if TYPE_CHECKING:
     from adaptis.timeline import Timeline
 
 PRESETS = ("demo-hybrid", "demo-large-vocabulary")
-CONTESTANTS = ("1f1b", "interleaved-tuned", "1f1b-uneven")
+# Interleaved at its best number of stages per device, and the best cut that 1F1B can have.
+CONTESTANTS: dict[str, Callable[[Profile, Cluster, int], Plan]] = {
+    "1f1b": BASELINES["1f1b"],
+    "interleaved-tuned": functools.partial(interleaved_tuned, least=2),
+    "1f1b-uneven": BASELINES["1f1b-uneven"],
+}
 DEVICES = 2
 
 
@@ -124,9 +129,9 @@ def contestants(
 ) -> list[Plan]:
     """The baselines at their best setting, then what the planner finds; runs on rank 0."""
     plans = []
-    for name in CONTESTANTS:
+    for name, make in CONTESTANTS.items():
         try:
-            plans.append(BASELINES[name](profile, cluster, settings.microbatches))
+            plans.append(make(profile, cluster, settings.microbatches))
         except PlanError as error:
             say("left_out", name=name, reason=str(error))
 
@@ -213,7 +218,10 @@ def write_outputs(outcomes: list[Outcome], folder: Path) -> dict[str, Any]:
         write_text(
             folder / outcome.preset / "before-and-after.svg", svg.render([before, after], title)
         )
-    summary = {"models": [outcome.summary() for outcome in outcomes]}
+    summary = {
+        "mean_absolute_prediction_error": mean_error(outcomes),
+        "models": [outcome.summary() for outcome in outcomes],
+    }
     write_json(folder / "summary.json", summary)
     write_text(
         folder / "report.html", html.render(pictures, "AdaPtis demo", _facts(outcomes, folder))
@@ -233,6 +241,11 @@ def _labelled(outcome: Outcome) -> list[Timeline]:
             for timeline in (entry.predicted, entry.measured)
         ]
     return result
+
+
+def mean_error(outcomes: list[Outcome]) -> float:
+    """How far predictions are off on the average, over all models and contestants."""
+    return fmean(abs(entry.error) for outcome in outcomes for entry in outcome.entries)
 
 
 COLUMNS = ("contestant", "predicted", "measured", "error", "bubble", "peak", "speed-up")

@@ -69,7 +69,7 @@ class Measurement:
             self._world.say("measuring", done=done + 1, total=count)
 
     def result(self) -> Measured:
-        """The mean of all ranks' medians, and the links; rank 0's figures, on every rank."""
+        """The mean of what all ranks found, and the links; rank 0's figures, on every rank."""
         world = self._world
         own = self.meter.profile()
         texts = world.gather(json.dumps(profile_to_json(own)))

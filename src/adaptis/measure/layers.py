@@ -1,7 +1,7 @@
 """What each layer costs on this machine: a model and one micro-batch become a `Profile`.
 
-Each distinct layer (by signature) is built and timed once, with its real input, going round all of
-them so that no layer sits warm in the cache as it never would in training. Per layer: F, fused B,
+Each distinct layer (by signature) is built once and timed with its real input, going round all of
+them so that nothing sits warm in the cache as it never would in training. Per layer: F, fused B,
 and I and W apart (their sum can exceed B: the split must pay for itself), bytes kept, bytes handed
 on, the optimizer's step.
 
@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from statistics import median
+from functools import partial
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,8 +58,14 @@ class _Subject:
         default_factory=lambda: {letter: [] for letter in LETTERS}
     )
 
-    def median(self, letter: str) -> float:
-        return median(self.seconds[letter])
+    def typical(self, letter: str) -> float:
+        """The mean without the outermost tenth on either side.
+
+        A step adds up many instructions: means add, medians do not, and times have a long tail.
+        """
+        times = sorted(self.seconds[letter])
+        cut = max(1, len(times) // 10) if len(times) > 4 else 0
+        return fmean(times[cut : len(times) - cut])
 
 
 class LayerMeter:
@@ -98,9 +105,32 @@ class LayerMeter:
             _update(subject, optimizer)
 
     def round(self, *, keep: bool = True) -> None:
-        """Time each layer once."""
+        """Time each layer once: all F, then all B; all F again, all I, all W.
+
+        As in training, what a backward reads was computed a while ago and has left the caches.
+        """
+        for letter in ("F", "B"):
+            self._pass(letter, keep=keep)
         for subject in self._subjects:
-            _round(subject, self._microbatch, self._weight, keep=keep)
+            subject.compute.split(on=True)
+        self._pass("F", keep=False)
+        for letter in ("I", "W"):
+            self._pass(letter, keep=keep)
+        for subject in self._subjects:
+            subject.compute.split(on=False)
+
+    def _pass(self, letter: str, *, keep: bool) -> None:
+        """One operation on every subject; backwards go the other way round."""
+        order = self._subjects if letter == "F" else self._subjects[::-1]
+        for subject in order:
+            compute, gradient = subject.compute, subject.gradient
+            calls = {
+                "F": partial(compute.forward, 0, subject.inputs, self._microbatch, self._weight),
+                "B": partial(compute.backward, 0, gradient),
+                "I": partial(compute.backward_input, 0, gradient),
+                "W": partial(compute.backward_weight, 0),
+            }
+            _timed(subject, letter, calls[letter], keep=keep)
 
     def forget(self) -> None:
         """Start the rounds anew."""
@@ -109,7 +139,7 @@ class LayerMeter:
                 times.clear()
 
     def profile(self) -> Profile:
-        """The medians of the rounds so far."""
+        """The typical times of the rounds so far."""
         model = self._model
         overheads = _overheads(model, self._singles, self._run)
         rounds = len(next(iter(self._singles.values())).seconds["F"])
@@ -123,7 +153,7 @@ class LayerMeter:
                 **{_FIELDS[letter]: seconds for letter, seconds in overheads.items()}
             ),
             shared=_shared(model, self._seed),
-            source=f"measured by adaptis: median of {rounds} rounds",
+            source=f"measured by adaptis: trimmed mean of {rounds} rounds",
             machine=_machine(self._device),
         )
 
@@ -188,23 +218,11 @@ def _output(
     return output
 
 
-def _round(subject: _Subject, microbatch: Microbatch, weight: float, *, keep: bool) -> None:
-    """Time F and B, then F, I and W."""
-    compute, gradient = subject.compute, subject.gradient
-
-    def timed(letter: str, call: Callable[[], object]) -> None:
-        begin = time.perf_counter()
-        call()
-        if keep:
-            subject.seconds[letter].append(time.perf_counter() - begin)
-
-    timed("F", lambda: compute.forward(0, subject.inputs, microbatch, weight))
-    timed("B", lambda: compute.backward(0, gradient))
-    compute.split(on=True)
-    compute.forward(0, subject.inputs, microbatch, weight)
-    timed("I", lambda: compute.backward_input(0, gradient))
-    timed("W", lambda: compute.backward_weight(0))
-    compute.split(on=False)
+def _timed(subject: _Subject, letter: str, call: Callable[[], object], *, keep: bool) -> None:
+    begin = time.perf_counter()
+    call()
+    if keep:
+        subject.seconds[letter].append(time.perf_counter() - begin)
 
 
 def _sizes(subject: _Subject, microbatch: Microbatch, weight: float) -> None:
@@ -251,8 +269,8 @@ def _overheads(
     layers = [singles[_key(model, i)] for i in range(run.start, run.stop)]
     result = {}
     for letter in LETTERS:
-        singly = [layer.median(letter) for layer in layers]
-        overhead = (sum(singly) - run.median(letter)) / (len(layers) - 1)
+        singly = [layer.typical(letter) for layer in layers]
+        overhead = (sum(singly) - run.typical(letter)) / (len(layers) - 1)
         # An instruction cannot cost more than the cheapest layer does with it.
         result[letter] = min(max(overhead, 0.0), *singly)
     return result
@@ -262,7 +280,7 @@ def _cost(
     model: TorchModel, index: int, singles: dict[str, _Subject], overheads: dict[str, float]
 ) -> LayerCost:
     layer, subject = model.layers[index], singles[_key(model, index)]
-    seconds = {letter: max(subject.median(letter) - overheads[letter], 0.0) for letter in LETTERS}
+    seconds = {letter: max(subject.typical(letter) - overheads[letter], 0.0) for letter in LETTERS}
     parameters = subject.module.layer_parameters()[subject.start]
     size = sum(p.numel() * p.element_size() for p in parameters)
     trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)

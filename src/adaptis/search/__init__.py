@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from adaptis.search.baselines import BASELINES
+from adaptis.search.baselines import BASELINES, interleaved_tuned
 from adaptis.search.bounds import Bound, Bounds, lower_bounds
 from adaptis.search.tune import Progress, SearchResult, Stop, search
 
@@ -13,6 +13,7 @@ __all__ = [
     "Progress",
     "SearchResult",
     "Stop",
+    "interleaved_tuned",
     "lower_bounds",
     "search",
 ]

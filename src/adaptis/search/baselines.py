@@ -74,20 +74,27 @@ def interleaved(profile: Profile, cluster: Cluster, num_microbatches: int) -> Pl
     )
 
 
-def interleaved_tuned(profile: Profile, cluster: Cluster, num_microbatches: int) -> Plan:
-    """The best number of stages per device, one included.
+def interleaved_tuned(
+    profile: Profile, cluster: Cluster, num_microbatches: int, least: int = 1
+) -> Plan:
+    """The best number of stages per device, from `least` on (one stage makes it 1F1B).
 
     Raises:
-        PlanError: fewer blocks than devices.
+        PlanError: fewer blocks than devices need, or micro-batches are no multiple of the devices.
     """
     p = cluster.num_devices
     plans = []
-    for chunks in range(1, max(len(profile.units()) // p, 1) + 1):
+    for chunks in range(least, max(len(profile.units()) // p, 1) + 1):
         if chunks > 1 and num_microbatches % p:
             break
         stops = even_cut(profile, p * chunks)
         plans.append(
             _plan(profile, cluster, num_microbatches, "interleaved", stops, "interleaved-tuned")
+        )
+    if not plans:
+        raise PlanError(
+            f"interleaved needs {least} blocks per device and a multiple of {p} micro-batches; "
+            f"found {len(profile.units())} blocks for {p} devices, {num_microbatches} micro-batches"
         )
     return min(plans, key=lambda plan: _seconds(plan, profile, cluster))
 
