@@ -1,7 +1,7 @@
 """The command line: each verb reads and writes files, and says what to do next.
 
-Results go to stdout (`--json`: one object), the rest to stderr; status 0 done, 1 a clear "no", 2 bad
-input. `docs/design/walkthrough.md` follows one micro-batch from here to a gradient.
+Results go to stdout (`--json`: one object), the rest to stderr; status 0 done, 1 a clear "no", 2
+bad input. `docs/design/walkthrough.md` follows one micro-batch from here to a gradient.
 """
 
 from __future__ import annotations
