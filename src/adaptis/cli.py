@@ -133,9 +133,9 @@ def demo(
     if not _emit(summary | {"folder": str(folder)}, as_json):
         error = summary["mean_absolute_prediction_error"]
         line(f"\nPredictions are off by {error:.1%} on the average. All results: {folder}")
-        line(f"  {folder}/report.html   open it: predicted and measured, side by side")
-        line(f"  {first}/before-and-after.svg   the picture")
-        line(f"  {folder}/trace.json    for ui.perfetto.dev or chrome://tracing")
+        for outcome in outcomes:
+            line(f"  {folder}/{outcome.preset}/report.html   open it: predicted beside measured")
+        line("  beside each: before-and-after.svg, trace.json (ui.perfetto.dev), plans, timelines")
     _next("compare", first / "profile.json", "--devices", 4)
 
 

@@ -14,7 +14,7 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from adaptis.cluster import cluster_from_json, cluster_to_json
-from adaptis.console import seconds, size
+from adaptis.console import seconds
 from adaptis.errors import PlanError
 from adaptis.files import write_json, write_text
 from adaptis.plan import plan_from_json, plan_to_json
@@ -116,6 +116,7 @@ class Outcome:
                     "predicted_bubble_fraction": entry.predicted.bubble_fraction,
                     "measured_bubble_fraction": entry.measured.bubble_fraction,
                     "predicted_peak_bytes": list(entry.predicted.peak_bytes),
+                    "measured_peak_bytes": list(entry.measured.peak_bytes),
                     "speedup_over_1f1b": base.measured_step / entry.measured_step,
                     "step_seconds": list(entry.step_seconds),
                 }
@@ -175,7 +176,7 @@ def run_model(
         num_microbatches=settings.microbatches,
         seed=settings.seed,
     )
-    return _outcome(preset, launch(contest_rank, DEVICES, contest, say=say)[0])
+    return _outcome(recipe.name, launch(contest_rank, DEVICES, contest, say=say)[0])
 
 
 def _outcome(preset: str, result: dict[str, Any]) -> Outcome:
@@ -200,33 +201,27 @@ def _outcome(preset: str, result: dict[str, Any]) -> Outcome:
 
 def write_outputs(outcomes: list[Outcome], folder: Path) -> dict[str, Any]:
     """All files of the demo; returns the summary that is also written."""
-    pictures = []
     for outcome in outcomes:
-        write_json(folder / outcome.preset / "profile.json", profile_to_json(outcome.profile))
-        write_json(folder / outcome.preset / "cluster.json", cluster_to_json(outcome.cluster))
+        home = folder / outcome.preset
+        write_json(home / "profile.json", profile_to_json(outcome.profile))
+        write_json(home / "cluster.json", cluster_to_json(outcome.cluster))
         for entry in outcome.entries:
-            base = folder / outcome.preset / entry.plan.schedule
-            write_json(base.with_name(f"{base.name}.plan.json"), plan_to_json(entry.plan))
+            name = entry.plan.schedule
+            write_json(home / f"{name}.plan.json", plan_to_json(entry.plan))
             for timeline in (entry.predicted, entry.measured):
-                write_json(
-                    base.with_name(f"{base.name}.{timeline.source}.json"),
-                    timeline_to_json(timeline),
-                )
-        pictures += _labelled(outcome)
+                write_json(home / f"{name}.{timeline.source}.json", timeline_to_json(timeline))
+        pictures = _labelled(outcome)
+        title = f"{outcome.preset}: predicted and measured"
+        write_text(home / "report.html", html.render(pictures, title, _facts(outcome, home)))
+        write_text(home / "trace.json", chrome.render(pictures))
         before, after = outcome.entries[0].measured, outcome.entries[-1].measured
-        title = f"{outcome.profile.model}: one training step, measured"
-        write_text(
-            folder / outcome.preset / "before-and-after.svg", svg.render([before, after], title)
-        )
+        title = f"{outcome.preset}: one training step, measured"
+        write_text(home / "before-and-after.svg", svg.render([before, after], title))
     summary = {
         "mean_absolute_prediction_error": mean_error(outcomes),
         "models": [outcome.summary() for outcome in outcomes],
     }
     write_json(folder / "summary.json", summary)
-    write_text(
-        folder / "report.html", html.render(pictures, "AdaPtis demo", _facts(outcomes, folder))
-    )
-    write_text(folder / "trace.json", chrome.render(pictures))
     return summary
 
 
@@ -235,7 +230,7 @@ def _labelled(outcome: Outcome) -> list[Timeline]:
     result = []
     for entry in outcome.entries:
         layers = [f"layers {s.start} to {s.stop - 1}" for s in entry.plan.stages]
-        notes = {"pair": f"{outcome.preset}: {entry.plan.schedule}", "layers": layers}
+        notes = {"pair": entry.plan.schedule, "layers": layers}
         result += [
             replace(timeline, name=notes["pair"], notes=notes)
             for timeline in (entry.predicted, entry.measured)
@@ -248,7 +243,7 @@ def mean_error(outcomes: list[Outcome]) -> float:
     return fmean(abs(entry.error) for outcome in outcomes for entry in outcome.entries)
 
 
-COLUMNS = ("contestant", "predicted", "measured", "error", "bubble", "peak", "speed-up")
+COLUMNS = ("contestant", "predicted", "measured", "error", "bubble", "peak MiB", "speed-up")
 
 
 def rows(outcome: Outcome) -> list[tuple[str, ...]]:
@@ -261,7 +256,9 @@ def rows(outcome: Outcome) -> list[tuple[str, ...]]:
             seconds(entry.measured_step),
             f"{entry.error:+.1%}",
             f"{entry.predicted.bubble_fraction:.0%} / {entry.measured.bubble_fraction:.0%}",
-            size(max(entry.predicted.peak_bytes)),
+            "{:.0f} / {:.0f}".format(
+                *(max(t.peak_bytes) / 2**20 for t in (entry.predicted, entry.measured))
+            ),
             f"{base / entry.measured_step:.2f}x",
         )
         for entry in outcome.entries
@@ -279,24 +276,23 @@ def verdict(outcome: Outcome) -> str:
     )
 
 
-def _facts(outcomes: list[Outcome], folder: Path) -> dict[str, Any]:
+def _facts(outcome: Outcome, home: Path) -> dict[str, Any]:
+    profile = outcome.profile
     return {
         "tables": [
             {
-                "title": f"{o.preset} ({o.profile.model})",
+                "title": "The race",
                 "columns": list(COLUMNS),
-                "rows": [list(r) for r in rows(o)],
+                "rows": [list(r) for r in rows(outcome)],
             }
-            for o in outcomes
         ],
-        "notes": [verdict(outcome) for outcome in outcomes]
-        + [
-            f"{o.preset}: {o.cluster.describe()}; {o.profile.source}; {o.profile.machine}"
-            for o in outcomes
+        "notes": [
+            verdict(outcome),
+            f"{outcome.cluster.describe()}; {profile.source}; {profile.machine}",
+            "bubble and peak: predicted / measured",
         ],
         "commands": [
-            f"adaptis compare {folder}/{outcomes[0].preset}/profile.json",
-            f"adaptis simulate {folder}/{outcomes[0].preset}/profile.json "
-            f"{folder}/{outcomes[0].preset}/adaptis.plan.json",
+            f"adaptis compare {home}/profile.json",
+            f"adaptis simulate {home}/profile.json {home}/adaptis.plan.json",
         ],
     }

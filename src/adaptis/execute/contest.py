@@ -10,10 +10,11 @@ weather.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from adaptis.cluster import cluster_to_json
+from adaptis.execute.memory import peak_bytes
 from adaptis.execute.prepare import Measurement
 from adaptis.execute.reference import Reference
 from adaptis.execute.session import Session
@@ -147,7 +148,9 @@ def _race(
     for key, session in enumerate(sessions):
         timelines = [session.timeline(result, plans[key].schedule) for result in timed[key]]
         timelines.sort(key=lambda timeline: timeline.step)
-        typical = timelines[len(timelines) // 2]
+        peak = peak_bytes(session, contest.batches(contest.steps))
+        peaks = tuple(int(text) for text in world.gather(str(peak)))
+        typical = replace(timelines[len(timelines) // 2], peak_bytes=peaks)
         results.append(
             {
                 "name": plans[key].schedule,

@@ -57,11 +57,19 @@ class Executor:
         self._values: dict[Value, Tensor] = {}
 
     def run(
-        self, microbatches: Sequence[Microbatch], weight: float, step: Callable[[], None]
+        self,
+        microbatches: Sequence[Microbatch],
+        weight: float,
+        step: Callable[[], None],
+        watch: Callable[[], None] | None = None,
     ) -> list[Row]:
-        """Run the device's instructions once; `step` is what STEP does after every send was taken.
+        """Run the device's instructions once.
 
-        `weight` multiplies each summed loss: 1 / (tokens of the whole step).
+        Args:
+            microbatches: of the whole step.
+            weight: multiplies each summed loss: 1 / (tokens of the whole step).
+            step: what STEP does after every send was taken.
+            watch: called after each computation, outside of its time.
         """
         rows: list[Row] = []
         clock = time.perf_counter
@@ -75,6 +83,8 @@ class Executor:
                     rows.append((instruction, begin, clock()))
                     if result is not None:
                         self._values[_written(instruction)] = result
+                    if watch is not None:
+                        watch()
                 case Send(value, target):
                     self.transport.send(value, target, self._values.pop(value))
                 case Receive(value, source):

@@ -116,8 +116,10 @@ class Session:
             (n, ranks) for n, ranks in holders.items() if len(ranks) > 1 and n in self.parameters
         ]
 
-    def step(self, batch: Sequence[Microbatch]) -> StepResult:
-        """Train on one batch.
+    def step(
+        self, batch: Sequence[Microbatch], watch: Callable[[], None] | None = None
+    ) -> StepResult:
+        """Train on one batch; `watch` is called after each computation.
 
         Raises:
             PlanError: the batch has another number of micro-batches than the plan.
@@ -132,7 +134,7 @@ class Session:
         self._transport.begin([_signature(microbatch) for microbatch in batch])
         self.world.progress.begin(self._key, self.steps)
         begin = time.perf_counter()
-        rows = self._executor.run(batch, weight, self._update)
+        rows = self._executor.run(batch, weight, self._update, watch)
         end = time.perf_counter()
         self.world.progress.leave()
         self.steps += 1

@@ -34,9 +34,13 @@ class Pending:
         default_factory=list
     )  # bias: gradients to be summed
 
+    def tensors(self) -> list[Tensor]:
+        """What is held."""
+        return [t for _, a, b in self.products for t in (a, b)] + [g for _, g in self.sums]
+
     def num_bytes(self) -> int:
         """Bytes held, each storage once."""
-        tensors = [t for _, a, b in self.products for t in (a, b)] + [g for _, g in self.sums]
+        tensors = self.tensors()
         return sum(
             {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
         )
@@ -247,6 +251,11 @@ class StageCompute:
     def pending_bytes(self, m: int) -> int:
         """Bytes kept from I to W."""
         return self._pending[m].num_bytes()
+
+    def held(self) -> list[Tensor]:
+        """What is kept beside autograd's own: operands for W, and inputs."""
+        inputs = [saved.inputs for saved in self._saved.values() if saved.inputs is not None]
+        return inputs + [t for pending in self._pending.values() for t in pending.tensors()]
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """By global name."""
