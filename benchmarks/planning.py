@@ -35,7 +35,7 @@ def study(path: Path, seconds: float) -> dict[str, Any]:
         "devices": devices,
         "microbatches": microbatches,
         "step_seconds": ours,
-        "gap": ours / result["lower_bound_seconds"] - 1,
+        "gap": max(ours / result["lower_bound_seconds"] - 1, 0.0),  # sums round
         "over_1f1b": steps["1f1b"] / ours,
         "over_interleaved": steps["interleaved"] / ours if "interleaved" in steps else None,
         "best_baseline": best,
