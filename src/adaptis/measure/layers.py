@@ -93,6 +93,7 @@ class LayerMeter:
                 should not all be at the same layer, for they will not be in training.
         """
         self._model, self._microbatch, self._seed, self._device = model, microbatch, seed, device
+        self._rounds = 0
         self._weight = 1.0 / model.weight(microbatch)
         self._singles, self._run = _subjects(model, microbatch, self._weight, seed, device)
         subjects = [*self._singles.values(), *([self._run] if self._run else [])]
@@ -105,12 +106,21 @@ class LayerMeter:
             _update(subject, optimizer)
 
     def round(self, *, keep: bool = True) -> None:
-        """Time each layer once: all F, then all B; all F again, all I, all W.
+        """Time each layer once: all F, then all B; all F, all I, all W.
 
         As in training, what a backward reads was computed a while ago and has left the caches.
         """
+        self._rounds += 1
+        halves = [self._fused, self._split]
+        # Whichever comes second may find another machine: take turns.
+        for half in halves[:: 1 if self._rounds % 2 else -1]:
+            half(keep=keep)
+
+    def _fused(self, *, keep: bool) -> None:
         for letter in ("F", "B"):
             self._pass(letter, keep=keep)
+
+    def _split(self, *, keep: bool) -> None:
         for subject in self._subjects:
             subject.compute.split(on=True)
         self._pass("F", keep=False)
