@@ -26,9 +26,11 @@ from adaptis.costs import price
 from adaptis.errors import Error, PlanError, ProgramError
 from adaptis.lower import lower
 from adaptis.plan import Plan, Stage
-from adaptis.profile import Shared, load_profile
+from adaptis.profile import LayerCost, Profile, Shared, load_profile
 from adaptis.program import Compute, Kind, Op, Program, Send, Step, parse_order
 from adaptis.schedules import SCHEDULES
+from adaptis.search.instance import make_instance
+from adaptis.search.instance import price as search_price
 from adaptis.simulate import simulate, simulate_plan
 from adaptis.workload import Workload
 
@@ -475,3 +477,20 @@ def test_computations_alone_are_enough_to_simulate():
     costs = price(plan.stages, uniform_profile(2), uniform(2))
     assert check(lower(plan)).num_transfers == 6
     assert simulate(bare, costs).step == simulate(lower(plan), costs).step
+
+
+def test_a_device_holds_a_shared_parameter_once():
+    layer = LayerCost("a", "mlp", 1.0, 1.0, 1.0, 2.0, parameter_bytes=100, state_bytes=400)
+    layers = tuple(replace(layer, name=name) for name in "abc")
+    profile = Profile("tied", 1, layers, shared=(Shared((0, 2), 80),))
+    together = Plan(1, (Stage(0, 3, 0),), SCHEDULES["1f1b"].orders(1, 1))
+    assert simulate_plan(together, profile, uniform(1)).peak_bytes == (1200 - 320,)
+    apart = Plan(1, (Stage(0, 2, 0), Stage(2, 3, 1)), SCHEDULES["1f1b"].orders(2, 1))
+    assert simulate_plan(apart, profile, uniform(2)).peak_bytes == (800, 400)
+    instance = make_instance(profile, uniform(2), 1)
+    for stop, device in (([2, 3], [0, 1]), ([1, 2, 3], [0, 1, 0])):
+        stages = tuple(
+            Stage(a, b, d) for a, b, d in zip([0, *stop[:-1]], stop, device, strict=True)
+        )
+        tables = search_price(instance, np.array(stop), np.array(device))
+        assert tables.static.tolist() == price(stages, profile, uniform(2)).static_bytes.tolist()

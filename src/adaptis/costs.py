@@ -95,7 +95,8 @@ def price(stages: Sequence[Stage], profile: Profile, cluster: Cluster) -> StageC
         backward_latency=np.array([latency for _, latency in back]),
         send=extra.send,
         receive=extra.receive,
-        static_bytes=_per_device(cluster, stages, total("state_bytes")),
+        static_bytes=_per_device(cluster, stages, total("state_bytes"))
+        - _held_twice(profile, stages, cluster),
         update=_per_device(cluster, stages, total("update") * slowness),
         shared=_shared(profile, stages, cluster),
     )
@@ -114,6 +115,16 @@ def _hop(
 def _per_device(cluster: Cluster, stages: Sequence[Stage], values: Floats) -> Floats:
     result = np.zeros(cluster.num_devices)
     np.add.at(result, [stage.device for stage in stages], values)
+    return result
+
+
+def _held_twice(profile: Profile, stages: Sequence[Stage], cluster: Cluster) -> Floats:
+    """(D,) bytes of shared parameters that were counted for more than one layer of a device."""
+    result = np.zeros(cluster.num_devices)
+    for shared in profile.shared:
+        holders = [s.device for s in stages for i in shared.layers if s.start <= i < s.stop]
+        again = np.bincount(holders, minlength=cluster.num_devices) - 1
+        result += np.maximum(again, 0) * profile.shared_state(shared)
     return result
 
 

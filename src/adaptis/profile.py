@@ -104,6 +104,16 @@ class Profile:
         """Layers that are neither embedding nor head."""
         return sum(layer.kind not in (EMBEDDING, HEAD) for layer in self.layers)
 
+    def shared_state(self, shared: Shared) -> float:
+        """Bytes of a shared parameter with its gradient and optimizer state.
+
+        A device that holds several of its layers holds them once.
+        """
+        holder = self.layers[shared.layers[0]]
+        share = shared.bytes / holder.parameter_bytes if holder.parameter_bytes else 0.0
+        least = min(self.layers[i].state_bytes for i in shared.layers)
+        return min(holder.state_bytes * min(share, 1.0), least)
+
     def units(self) -> tuple[tuple[int, int], ...]:
         """The chain as runs of one block each; embedding and head join the first and the last.
 

@@ -41,6 +41,7 @@ class Instance(NamedTuple):
     shared_offsets: Any  # (K + 1,) the layers of shared parameter k
     shared_layers: Any
     shared_bytes: Any  # (K,)
+    shared_state: Any  # (K,) with gradient and optimizer
 
 
 class Tables(NamedTuple):
@@ -84,7 +85,17 @@ def make_instance(profile: Profile, cluster: Cluster, num_microbatches: int) -> 
         shared_offsets=np.cumsum([0, *(len(s.layers) for s in profile.shared)]).astype(np.int64),
         shared_layers=np.array([i for s in profile.shared for i in s.layers], dtype=np.int64),
         shared_bytes=np.array([s.bytes for s in profile.shared], dtype=np.float64),
+        shared_state=np.array([profile.shared_state(s) for s in profile.shared], dtype=np.float64),
     )
+
+
+@compiled
+def _holders(instance: Any, k: int, stop: Any, device: Any) -> Any:
+    """(D,) how many layers with shared parameter k each device holds."""
+    held = np.zeros(len(instance.slowness), np.int64)
+    for i in range(instance.shared_offsets[k], instance.shared_offsets[k + 1]):
+        held[device[np.searchsorted(stop, instance.shared_layers[i], side="right")]] += 1
+    return held
 
 
 @compiled
@@ -114,6 +125,10 @@ def price(instance: Any, stop: Any, device: Any) -> Any:
             latency[0, s], latency[1, s + 1] = instance.link[0, between], instance.link[0, between]
             remote[0, s], remote[1, s + 1] = True, True
         start = end
+    for k in range(len(instance.shared_bytes)):
+        held = _holders(instance, k, stop, device)
+        for d in range(num_devices):
+            static[d] -= max(held[d] - 1, 0) * instance.shared_state[k]
     return Tables(seconds, busy, latency, remote, saved, kept, static, update)
 
 
@@ -121,10 +136,7 @@ def price(instance: Any, stop: Any, device: Any) -> Any:
 def finish(instance: Any, stop: Any, device: Any, update: Any, last: Any) -> float:
     """The end of the step: `last` computations, shared gradients, then the optimizer."""
     for k in range(len(instance.shared_bytes)):
-        held = np.zeros(len(last), np.bool_)
-        for i in range(instance.shared_offsets[k], instance.shared_offsets[k + 1]):
-            held[device[np.searchsorted(stop, instance.shared_layers[i], side="right")]] = True
-        _share(instance, instance.shared_bytes[k], held, last)
+        _share(instance, instance.shared_bytes[k], _holders(instance, k, stop, device), last)
     return np.max(last + update)
 
 
