@@ -384,3 +384,12 @@ def test_a_terminal_that_knows_ascii_only_gets_the_drawing_all_the_same(run, pla
     assert found.returncode == 0, found.stderr
     assert "device 0" in found.stdout
     assert found.stdout.isascii()
+
+
+def test_what_needs_torch_says_what_to_install(monkeypatch):
+    from adaptis import jobs
+    from adaptis.errors import InputError
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r'this needs torch: pip install "adaptis\[torch\]"'):
+        jobs.measure_profile(jobs.ProfileJob("demo-hybrid"), lambda kind, data: None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import math
 import os
 from dataclasses import dataclass, replace
@@ -177,6 +178,17 @@ class ProfileJob:
                 raise InputError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
 
 
+def needs_torch() -> None:
+    """Refuse, before processes are started, what the base installation cannot do.
+
+    Raises:
+        InputError: saying what to install.
+    """
+    for name in ("torch", "transformers", "tokenizers", "safetensors"):
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f'this needs {name}: pip install "adaptis[torch]"')
+
+
 def measure_profile(
     job: ProfileJob, say: Callable[[str, dict[str, Any]], None]
 ) -> tuple[Profile, Cluster]:
@@ -188,6 +200,7 @@ def measure_profile(
     from adaptis.execute.launch import launch
     from adaptis.measure.zoo import read_preset
 
+    needs_torch()
     recipe = read_preset(job.preset)
     fits_vocabulary(recipe, recipe.tokenizer, recipe.vocabulary)
     say("starting", {"processes": job.devices})
