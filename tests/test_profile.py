@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,6 @@ from adaptis.profile import (
     profile_from_json,
     profile_from_text,
     profile_to_json,
-    scaled,
 )
 
 PUBLISHED = sorted((Path(__file__).parent / "data" / "profiles").glob("*.json"))
@@ -175,12 +175,7 @@ def test_units_tile_the_chain_with_one_block_each(kinds):
 
 def test_the_fingerprint_is_of_names_and_kinds_alone():
     profile = chain("embedding", "mlp", "head")
-    slower = Profile("other", 9, tuple(scaled(layer, 3.0) for layer in profile.layers))
+    slower = Profile("other", 9, tuple(replace(layer, forward=9.0) for layer in profile.layers))
     assert slower.fingerprint == profile.fingerprint
     assert chain("embedding", "moe", "head").fingerprint != profile.fingerprint
     assert chain("embedding", "mlp").fingerprint != profile.fingerprint
-
-
-def test_scaling_multiplies_seconds_and_leaves_bytes():
-    layer = LayerCost("0", "mlp", 1.0, 2.0, 3.0, 4.0, 5.0, 6, 7, 8, 9, 10)
-    assert scaled(layer, 2.0) == LayerCost("0", "mlp", 2.0, 4.0, 6.0, 8.0, 10.0, 6, 7, 8, 9, 10)

@@ -8,7 +8,7 @@ B).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -237,15 +237,3 @@ def profile_to_json(profile: Profile) -> dict[str, Any]:
     }
     optional = ("devices", "microbatches", "source", "machine", "overheads", "shared")
     return {key: item for key, item in result.items() if item or key not in optional}
-
-
-def scaled(layer: LayerCost, factor: float) -> LayerCost:
-    """The same layer on a machine that takes `factor` times as long."""
-    return replace(
-        layer,
-        forward=layer.forward * factor,
-        backward_input=layer.backward_input * factor,
-        backward_weight=layer.backward_weight * factor,
-        backward=layer.backward * factor,
-        update=layer.update * factor,
-    )
