@@ -5,10 +5,11 @@ import random
 from hypothesis import strategies as st
 
 from adaptis.cluster import Cluster, Device, Link
-from adaptis.plan import Plan, Stage
+from adaptis.plan import Plan, Stage, named_plan
 from adaptis.profile import LayerCost, Overheads, Profile, Shared
 from adaptis.program import Compute, Op
 from adaptis.schedules import SCHEDULES
+from adaptis.schedules.shape import Shape
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -35,10 +36,10 @@ def uniform_profile(num_layers, forward=1.0, half=1.0, weight=1.0, **more):
     )
 
 
-def looped_plan(name, p, m, v=1):
+def schedule_plan(name, p, m, v=1, s=1, **more):
     """The plan of a named schedule with one layer a stage."""
-    stages = tuple(Stage(s, s + 1, s % p) for s in range(p * v))
-    return Plan(m, stages, SCHEDULES[name].orders(p, m, v), schedule=name)
+    schedule = SCHEDULES[name]
+    return named_plan(schedule, Shape(p, m, v, s, **more), range(1, p * v // schedule.copies + 1))
 
 
 def make_plan(seed, most_devices=4, most_stages=6, most_microbatches=4, recompute=True):

@@ -1,133 +1,21 @@
 """The proof against brute force: all interleavings of small programs, right and spoilt ones."""
 
 import random
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
-from random_plans import looped_plan, make_plan, seeds
+from mutants import Explorer, spoil, swap, swap_with_next
+from random_plans import make_plan, schedule_plan, seeds
+from random_programs import make_any_plan
 
-from adaptis.check import Semantics, check
-from adaptis.errors import DeadlockError, ProgramError
+from adaptis.check import Semantics, check, check_memory
+from adaptis.check.rules import Rules
+from adaptis.errors import DeadlockError, InfeasibleError, ProgramError
 from adaptis.lower import lower
-from adaptis.program import Compute, Kind, Op, Program, Receive, Send, Step, Value, parse_compute
-
-
-class Explorer:
-    """Walks through all reachable states of a program: how far each device has come.
-
-    The k-th send on a link meets its k-th receive, so positions say everything.
-    """
-
-    def __init__(self, program, semantics):
-        self.program, self.semantics = program, semantics
-        self.sends, self.receives = defaultdict(list), defaultdict(list)
-        for device, row in enumerate(program.devices):
-            for index, instruction in enumerate(row):
-                if isinstance(instruction, Send):
-                    self.sends[device, instruction.target].append(index)
-                elif isinstance(instruction, Receive):
-                    self.receives[instruction.source, device].append(index)
-        self.partner = {}
-        for link in self.sends.keys() & self.receives.keys():
-            for s, r in zip(self.sends[link], self.receives[link], strict=False):
-                self.partner[link[0], s] = (link[1], r)
-                self.partner[link[1], r] = (link[0], s)
-
-    def works(self):
-        """Whether the right things are computed and every interleaving comes to its end."""
-        return self.complete() and self.matched() and self.readable() and not self.stuck()
-
-    def complete(self):
-        """Each computation once, on its device, R where the stage is recomputed, STEP last."""
-        found = Counter()
-        for device, row in enumerate(self.program.devices):
-            if any(isinstance(i, Step) for i in row[:-1]):
-                return False
-            for i in row:
-                if isinstance(i, Compute):
-                    if not 0 <= i.stage < self.program.num_stages:
-                        return False
-                    if self.program.placement[i.stage] != device:
-                        return False
-                    found[i.stage, i.microbatch, i.op.value] += 1
-        for s in range(self.program.num_stages):
-            for b in range(self.program.num_microbatches):
-                ops = "".join(sorted(op * n for (t, c, op), n in found.items() if (t, c) == (s, b)))
-                again = "R" if s in self.program.recomputed else ""
-                if ops not in ("BF" + again, "FI" + again + "W"):
-                    return False
-        return all(b < self.program.num_microbatches for _, b, _ in found)
-
-    def matched(self):
-        """The two ends of every transfer mean the same value, and neither is alone."""
-        ends = sum(map(len, self.sends.values())) + sum(map(len, self.receives.values()))
-        value = lambda at: self.program.devices[at[0]][at[1]].value  # noqa: E731
-        return len(self.partner) == ends and all(
-            value(a) == value(b) for a, b in self.partner.items()
-        )
-
-    def readable(self):
-        """Before an instruction its device got what it reads, and never what it leaves."""
-        for row in self.program.devices:
-            there = set()
-            for instruction in row:
-                if not there.issuperset(self.program.reads(instruction)):
-                    return False
-                if not there.isdisjoint(self.program.writes(instruction)):
-                    return False
-                there.update(self.program.writes(instruction))
-        return True
-
-    def stuck(self):
-        """The states from which nothing goes on although something is left."""
-        first = (0,) * len(self.program.devices)
-        last = tuple(map(len, self.program.devices))
-        seen, todo, dead = {first}, [first], []
-        while todo:
-            state = todo.pop()
-            following = list(self.next(state))
-            if not following and state != last:
-                dead.append(state)
-            for other in following:
-                if other not in seen:
-                    seen.add(other)
-                    todo.append(other)
-        return dead
-
-    def next(self, state):
-        for device, index in enumerate(state):
-            if index == len(self.program.devices[device]):
-                continue
-            moved = list(state)
-            moved[device] += 1
-            if self.semantics is Semantics.RENDEZVOUS and (device, index) in self.partner:
-                other, at = self.partner[device, index]
-                if other != device and state[other] == at and self.may_run(state, device, index):
-                    moved[other] += 1
-                    yield tuple(moved)
-            elif self.may_run(state, device, index):
-                yield tuple(moved)
-
-    def may_run(self, state, device, index):
-        row = self.program.devices[device]
-        posted = self.semantics is Semantics.POSTED
-        if posted and isinstance(row[index], Step):
-            mine = [i for i in range(index) if isinstance(row[i], Send)]
-            return all(state[o] > at for o, at in (self.partner[device, i] for i in mine))
-        if isinstance(row[index], Receive):
-            other, at = self.partner[device, index]
-            return self.semantics is not Semantics.BUFFERED or state[other] > at
-        return not posted or all(
-            self.arrived(state, device, index, value) for value in self.program.reads(row[index])
-        )
-
-    def arrived(self, state, device, index, value):
-        """Every receive of the value that stands before the reader has got it."""
-        row = self.program.devices[device]
-        asked = [i for i in range(index) if isinstance(row[i], Receive) and row[i].value == value]
-        return all(state[o] > at for o, at in (self.partner[device, i] for i in asked))
+from adaptis.notation import parse_compute, parse_program, print_program
+from adaptis.program import Kind, Layout, Program, Receive, Send, Step, Value
 
 
 def proven(program, semantics):
@@ -145,7 +33,20 @@ def small(seed):
         plan = make_plan(rng.random(), most_devices=3, most_stages=4, most_microbatches=2)
         if len(set(plan.placement)) > 1:
             break
-    program = lower(plan)
+    return perhaps_late(lower(plan), rng)
+
+
+def small_with_all(seed):
+    """A program with whatever a plan can ask for."""
+    rng = random.Random(seed)
+    while True:
+        sizes = rng.choice(((3, 2, 2), (2, 4, 2), (2, 2, 3)))
+        program = lower(make_any_plan(rng.random(), *sizes))
+        if len(program.devices) > 1 and max(map(len, program.devices)) < 40:
+            return perhaps_late(program, rng)
+
+
+def perhaps_late(program, rng):
     if rng.random() < 0.5:
         return program
     return replace(program, devices=tuple(tuple(late(program, row)) for row in program.devices))
@@ -156,103 +57,21 @@ def late(program, row):
     asked = {i.value: i for i in row if isinstance(i, Receive)}
     for instruction in row:
         if not isinstance(instruction, Receive):
-            for value in program.reads(instruction):
+            for value in program.layout.reads(instruction):
                 if value in asked:
                     yield asked.pop(value)
             yield instruction
 
 
-def spoil(program, rng):
-    """One random mistake; now and then it is none."""
-    rows = [list(row) for row in program.devices]
-    full = [d for d, row in enumerate(rows) if len(row) > 1]
-    device = rng.choice(full)
-    row = rows[device]
-    index = rng.randrange(len(row))
-    mistakes = (swap, swap_with_next, drop, duplicate, move, retarget, another, repeat_transfer)
-    rng.choice(mistakes)(rows, device, index, rng)
-    return replace(program, devices=tuple(map(tuple, rows)))
-
-
-def swap(rows, device, index, rng):
-    row, other = rows[device], rng.randrange(len(rows[device]))
-    row[index], row[other] = row[other], row[index]
-
-
-def swap_with_next(rows, device, index, rng):
-    row = rows[device]
-    index = min(index, len(row) - 2)
-    row[index], row[index + 1] = row[index + 1], row[index]
-
-
-def drop(rows, device, index, rng):
-    del rows[device][index]
-
-
-def duplicate(rows, device, index, rng):
-    rows[device].insert(rng.randrange(len(rows[device])), rows[device][index])
-
-
-def move(rows, device, index, rng):
-    instruction = rows[device].pop(index)
-    row = rows[rng.choice((device, rng.randrange(len(rows))))]
-    row.insert(rng.randrange(len(row) + 1), instruction)
-
-
-def retarget(rows, device, index, rng):
-    places = [i for i, x in enumerate(rows[device]) if isinstance(x, Send | Receive)]
-    if places:
-        i = rng.choice(places)
-        name = "target" if isinstance(rows[device][i], Send) else "source"
-        rows[device][i] = replace(rows[device][i], **{name: rng.randrange(len(rows) + 1)})
-
-
-def another(rows, device, index, rng):
-    """Another operation, stage, micro-batch or kind in place of the right one."""
-    found = rows[device][index]
-    if isinstance(found, Compute):
-        change = rng.choice(
-            (
-                {"op": rng.choice(list(Op))},
-                {"stage": rng.randrange(4)},
-                {"microbatch": rng.randrange(3)},
-            )
-        )
-        rows[device][index] = replace(found, **change)
-    elif isinstance(found, Send | Receive):
-        change = rng.choice(
-            (
-                {"kind": rng.choice(list(Kind))},
-                {"stage": rng.randrange(4)},
-                {"microbatch": rng.randrange(3)},
-            )
-        )
-        rows[device][index] = replace(found, value=replace(found.value, **change))
-
-
-def repeat_transfer(rows, device, index, rng):
-    """Both ends of one transfer twice."""
-    sends = [i for i, x in enumerate(rows[device]) if isinstance(x, Send)]
-    if not sends:
-        return
-    i = rng.choice(sends)
-    send = rows[device][i]
-    there = rows[send.target] if send.target < len(rows) else []
-    ends = [j for j, x in enumerate(there) if isinstance(x, Receive) and x.value == send.value]
-    if ends:
-        rows[device].insert(i, send)
-        there.insert(ends[0], there[ends[0]])
-
-
-def compare(seed, mistakes=1):
+def compare(seed, mistakes=1, make=small):
     rng = random.Random(seed)
-    program = small(seed)
+    program = make(seed)
     for _ in range(mistakes):
         program = spoil(program, rng)
     verdicts = []
     for semantics in Semantics:
         verdicts.append(Explorer(program, semantics).works())
-        assert proven(program, semantics) == verdicts[-1], f"{semantics}:\n{program}"
+        assert proven(program, semantics) == verdicts[-1], f"{semantics}:\n{print_program(program)}"
     return verdicts
 
 
@@ -280,18 +99,34 @@ def test_the_verdict_on_a_spoilt_program_is_that_of_all_interleavings(seed):
 
 
 def test_mistakes_are_of_all_kinds_and_some_do_no_harm():
-    verdicts = Counter(tuple(compare(seed)) for seed in range(300))
+    verdicts = Counter(tuple(compare(seed)) for seed in range(400))
     assert verdicts[False, False, False] > 30  # posted, buffered, rendezvous
     assert verdicts[True, True, True] > 3
     assert verdicts[True, False, False] > 3
     assert verdicts[True, True, False] > 3
 
 
+@settings(max_examples=60)
+@given(seed=seeds)
+def test_the_verdict_on_a_plan_with_all_instructions_is_that_of_all_interleavings(seed):
+    program = small_with_all(seed)
+    for semantics in Semantics:
+        assert proven(program, semantics) == Explorer(program, semantics).works(), str(program)
+
+
+def test_the_verdict_on_spoilt_programs_of_all_instructions_is_that_of_all_interleavings():
+    verdicts = Counter(tuple(compare(seed, make=small_with_all)) for seed in range(400))
+    assert verdicts[True, True, True] > 10
+    assert verdicts[True, False, False] > 5
+    assert verdicts[False, False, False] > 100
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("make", [small, small_with_all])
 @pytest.mark.parametrize("mistakes", [1, 2])
-def test_the_verdict_on_thousands_of_spoilt_programs_is_that_of_all_interleavings(mistakes):
+def test_the_verdict_on_thousands_of_spoilt_programs_is_that_of_all_interleavings(mistakes, make):
     for seed in range(4000):
-        compare(1_000_000 * mistakes + seed, mistakes)
+        compare(1_000_000 * mistakes + seed, mistakes, make)
 
 
 @settings(max_examples=150)
@@ -327,6 +162,73 @@ def test_a_deadlock_prints_a_cycle_of_instructions_that_never_run(seed):
         assert needed in ((device, index - 1), (other, at), (other, at - 1))
 
 
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    pytest.importorskip("torch")
+    from gloo_ranks import Ranks
+
+    found = Ranks(tmp_path_factory.mktemp("ranks"))
+    yield found
+    found.end()
+
+
+def compare_with_gloo(ranks, seeds):
+    """Programs in another order, if they break no other rule: which finish, which hang."""
+    verdicts = Counter()
+    for seed in seeds:
+        rng = random.Random(seed)
+        make = rng.choice((small, small_with_all))
+        program = make(seed)
+        semantics = rng.choice((Semantics.POSTED, Semantics.RENDEZVOUS))
+        for _ in range(rng.choice((0, 1, 2))):
+            rows = [list(row) for row in program.devices]
+            device = rng.choice([d for d, row in enumerate(rows) if len(row) > 2])
+            rng.choice((swap, swap_with_next))(
+                rows, device, rng.randrange(len(rows[device]) - 1), rng
+            )
+            program = replace(program, devices=tuple(map(tuple, rows)))
+        try:
+            check(program, semantics)
+            ends = True
+        except DeadlockError:
+            ends = False
+        except ProgramError:
+            continue
+        # Long enough for a busy machine where it must end, short where it must not.
+        answers = ranks.run(program, semantics, 30.0 if ends else 1.0)
+        assert any(answers) != ends, f"{semantics}: {answers}\n{print_program(program)}"
+        assert not any("AssertionError" in answer for answer in answers), answers
+        verdicts[ends, semantics] += 1
+    return verdicts
+
+
+def test_a_blocking_send_of_gloo_waits_for_the_receive_so_it_is_a_rendezvous(ranks):
+    program = written("0F0 1>0F0 1<1B0 0B0", "0<0F0 1F0 1B0 0>1B0", placement=(0, 1))
+    assert ranks.run(program, Semantics.RENDEZVOUS, 30.0) == ["", ""]
+    crossing = written(
+        "0F0 1>0F0 0F1 1>0F1 1<1B0 0B0 1<1B1 0B1",
+        "0<0F0 1F0 1B0 0>1B0 0<0F1 1F1 1B1 0>1B1",
+        placement=(0, 1),
+        microbatches=2,
+    )
+    assert proven(crossing, Semantics.BUFFERED)
+    assert not proven(crossing, Semantics.RENDEZVOUS)
+    assert all("Timed out" in answer for answer in ranks.run(crossing, Semantics.RENDEZVOUS, 1.0))
+
+
+def test_spoilt_programs_end_or_hang_over_gloo_as_the_proof_says(ranks):
+    verdicts = compare_with_gloo(ranks, range(14))
+    assert len(verdicts) >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_many_spoilt_programs_end_or_hang_over_gloo_as_the_proof_says(ranks):
+    verdicts = compare_with_gloo(ranks, range(1000, 1100))
+    assert sum(verdicts.values()) >= 40
+    assert all(verdicts[ends, Semantics.RENDEZVOUS] > 3 for ends in (True, False))
+
+
 def written(*rows, placement, microbatches=1, recomputed=()):
     """A program from text: `0F0`, or `2>1F0` and `1<2F0` for a value sent to or received from."""
 
@@ -341,7 +243,7 @@ def written(*rows, placement, microbatches=1, recomputed=()):
         return parse_compute(word)
 
     devices = tuple(tuple(map(instruction, row.split())) for row in rows)
-    return Program(devices, placement, microbatches, frozenset(recomputed))
+    return Program(devices, Layout(placement, microbatches, frozenset(recomputed)))
 
 
 GOOD = ("0F0 1>0F0 1<1B0 0B0 STEP", "0<0F0 1F0 1B0 0>1B0 STEP")
@@ -362,19 +264,24 @@ def test_two_devices_that_both_send_first_pass_buffered_and_not_rendezvous():
     assert "device 1, position 3: 1SEND_B0" in caught.value.cycle
 
 
+# Device 0 wants B0 before it computes F1, device 1 wants F1 before it computes B0.
+WANTING = (
+    "0F0 1>0F0 1<1B0 1<1B1 0B0 0F1 1>0F1 0B1 STEP",
+    "0<0F0 0<0F1 1F0 1F1 1B0 0>1B0 1B1 0>1B1 STEP",
+)
+
+
 def test_a_deadlock_of_computations_is_found_under_posted_semantics():
-    # Device 0 wants B0 before it computes F1, device 1 wants F1 before it computes B0.
-    program = written(
-        "0F0 1>0F0 1<1B0 1<1B1 0B0 0F1 1>0F1 0B1 STEP",
-        "0<0F0 0<0F1 1F0 1F1 1B0 0>1B0 1B1 0>1B1 STEP",
-        placement=(0, 1),
-        microbatches=2,
-    )
     with pytest.raises(DeadlockError) as caught:
-        check(program)
+        check(written(*WANTING, placement=(0, 1), microbatches=2))
     assert len(caught.value.cycle) == 6
     assert "device 0, position 4: 0B0" in caught.value.cycle
     assert "device 1, position 3: 1F1" in caught.value.cycle
+
+
+def test_a_deadlock_of_computations_hangs_over_gloo(ranks):
+    program = written(*WANTING, placement=(0, 1), microbatches=2)
+    assert all("Timed out" in answer for answer in ranks.run(program, Semantics.POSTED, 1.0))
 
 
 def test_the_good_program_of_the_next_tests_is_good():
@@ -476,5 +383,87 @@ def test_a_transfer_that_is_made_twice_is_refused():
 
 @pytest.mark.parametrize("name", ["gpipe", "1f1b", "zb-h1"])
 def test_schedules_of_one_chunk_finish_on_any_runtime_that_buffers(name):
-    program = lower(looped_plan(name, 4, 8))
+    program = lower(schedule_plan(name, 4, 8))
     assert check(program, Semantics.POSTED).num_transfers == 48
+
+
+HEAD = (
+    "stages 0 1; microbatches 1; reductions 1; replicas 2; sharded 0\n"
+    "device 0 | 0UNSHARD 0F0 0SEND_F0 2TAKE_F0 2S0 2SUM_S0 2T0 0RECV_B0 0B0 0RESHARD 0REDUCE_GRAD"
+    " STEP\n"
+    "device 1 | 1RECV_F0 1F0 1OFFLOAD0 2SHARE_F0 2S0 2SUM_S0 1RELOAD0 1B0 1SEND_B0 1REDUCE_GRAD 2T0"
+    " STEP\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("", "", ""),
+        ("0UNSHARD ", "", "0F0: reads the whole parameters of stage 0"),
+        ("0RESHARD", "1RESHARD", "stage 1 is not on device 0"),
+        ("2SHARE_F0", "1UNSHARD 2SHARE_F0", "1UNSHARD: stage 1 is not sharded"),
+        ("0REDUCE_GRAD ", "", "stage 0: 0REDUCE_GRAD is missing"),
+        ("1REDUCE_GRAD", "1REDUCE_GRAD 1REDUCE_GRAD", "was summed before, at device 1, position 9"),
+        ("1B0 1SEND_B0 1REDUCE_GRAD", "1REDUCE_GRAD 1B0 1SEND_B0", "1B0: adds to gradients"),
+        ("; replicas 2", "", "nothing is to be summed"),
+        ("1OFFLOAD0 ", "", "1RELOAD0: reads the kept host of stage 1"),
+        ("1RELOAD0 1B0", "1B0 1RELOAD0", "1B0: reads the activations of stage 1"),
+        ("1OFFLOAD0", "1OFFLOAD1", "there are 2 stages and the head and 1 micro-batches"),
+        ("2S0 2SUM_S0 2T0", "2SUM_S0 2S0 2T0", "2SUM_S0: reads the kept S of stage 2"),
+        ("1REDUCE_GRAD 2T0", "1REDUCE_GRAD", "device 1: 2T0 is missing"),
+        ("2SHARE_F0", "2TAKE_F0", "SHARE there, TAKE elsewhere"),
+        ("2SHARE_F0 ", "", "device 1: SHARE/TAKE must be there once for each micro-batch"),
+        ("2T0 0RECV", "2SUM_T0 2T0 0RECV", "with one reduction SUM_S adds up the input gradient"),
+        ("2SUM_S0 2T0", "1SUM_S0 2T0", "only the sharded head, stage 2, is joined in"),
+        ("GRAD STEP", "GRAD CLIPPED_STEP", "device 1: does not end with CLIPPED_STEP"),
+        ("2S0 2SUM_S0 2T0", "2F0 2S0 2SUM_S0 2T0", "S and T are of a sharded head"),
+        ("stages 0 1", "stages 0 1; copies 3", "layout: 2 stages are not 3 copies"),
+        ("microbatches 1", "microbatches 1; previous 0", "layout: each slice continues an earlier"),
+        ("reductions 1", "reductions 3", "layout: a sharded head has 1 or 2 reductions"),
+    ],
+)
+def test_a_broken_rule_of_the_rarer_instructions_is_named(old, new, sentence):
+    assert old in HEAD
+    program = parse_program(HEAD.replace(old, new, 1) if old else HEAD)
+    if not sentence:
+        check(program)
+        return
+    with pytest.raises(ProgramError) as caught:
+        check(program)
+    assert sentence in str(caught.value)
+
+
+def test_all_devices_must_join_in_the_same_order():
+    text = (
+        "stages 0; microbatches 2; reductions 1\n"
+        "device 0 | 0F0 1SHARE_F0 0F1 1SHARE_F1 1S0 1SUM_S0 1S1 1SUM_S1 1T0 1T1 0B0 0B1\n"
+        "device 1 | 1TAKE_F0 1TAKE_F1 1S0 1S1 1SUM_S0 1SUM_S1 1T0 1T1\n"
+    )
+    check(parse_program(text))
+    with pytest.raises(ProgramError, match=r"device 1: SUM_S comes in the order \[1, 0\]"):
+        check(parse_program(text.replace("1S1 1SUM_S0 1SUM_S1", "1S1 1SUM_S1 1SUM_S0")))
+
+
+@settings(max_examples=100)
+@given(seed=seeds)
+def test_the_rules_in_integers_are_those_of_the_layout(seed):
+    program = lower(make_any_plan(seed))
+    layout, rules = program.layout, Rules(program.layout)
+    for instruction in (i for row in program.devices for i in row):
+        if isinstance(instruction, Send | Receive | Step):
+            continue
+        reads, writes, takes, whole, m = rules.of(instruction)
+        for numbers, values in (
+            ((*(base + m for base in reads), *whole), layout.reads(instruction)),
+            ([base + m for base in writes], layout.writes(instruction)),
+            ([base + m for base in takes], layout.takes(instruction)),
+        ):
+            assert Counter(map(rules.value, numbers)) == Counter(values)
+
+
+def test_memory_names_the_device_that_misses_most():
+    check_memory([2**30, 5], [2**30, 5])
+    with pytest.raises(InfeasibleError, match=r"device 1 would need 2\.000 GiB") as caught:
+        check_memory([2**30, 2**31], [2**30 - 1, 2**30])
+    assert (caught.value.device, caught.value.missing_bytes) == (1, 2**30)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 from hypothesis import given
-from random_plans import looped_plan, make_plan, make_profile, seeds, uniform_profile
+from random_plans import make_plan, make_profile, schedule_plan, seeds, uniform_profile
 
 from adaptis.check import check
 from adaptis.errors import Error, InputError, PlanError
@@ -38,7 +38,7 @@ def test_a_plan_survives_its_file(seed):
 
 
 def test_a_plan_file_is_written_and_read(tmp_path):
-    plan = looped_plan("interleaved", 2, 4, 2)
+    plan = schedule_plan("interleaved", 2, 4, 2)
     save_plan(plan, tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json") == plan
 
@@ -52,7 +52,7 @@ def test_the_least_plan_is_enough_for_a_proven_program():
 
 
 def test_what_is_written_has_the_keys_that_a_reader_may_count_on():
-    value = plan_to_json(looped_plan("1f1b", 2, 2))
+    value = plan_to_json(schedule_plan("1f1b", 2, 2))
     assert {k: value[k] for k in MINIMAL} == {
         "format": "adaptis-plan",
         "version": 1,

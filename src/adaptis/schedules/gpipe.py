@@ -5,14 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adaptis.program import Compute, Op
+from adaptis.schedules.shape import by_rank
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from adaptis.schedules.shape import Shape
 
-def gpipe(
-    rank: int, num_ranks: int, num_microbatches: int, num_chunks: int = 1
-) -> Iterator[Compute]:
+
+@by_rank
+def gpipe(rank: int, shape: Shape) -> Iterator[Compute]:
     """All forwards, then all backwards: the simplest order, and the most activations.
 
     Drawn for p = 3, m = 4, B = 2 F: ::
@@ -25,8 +27,7 @@ def gpipe(
 
     References: Huang et al., "GPipe", NeurIPS 2019, section 2.3.
     """
-    del num_ranks, num_chunks  # one stage per rank, and every rank does the same
-    for m in range(num_microbatches):
+    for m in range(shape.m):
         yield Compute(Op.FORWARD, rank, m)
-    for m in range(num_microbatches):
+    for m in range(shape.m):
         yield Compute(Op.BACKWARD, rank, m)

@@ -5,15 +5,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adaptis.program import Compute, Op
-from adaptis.schedules.one_f_one_b import one_f_one_b
+from adaptis.schedules.one_f_one_b import alternate
+from adaptis.schedules.shape import by_rank
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from adaptis.schedules.shape import Shape
 
-def interleaved(
-    rank: int, num_ranks: int, num_microbatches: int, num_chunks: int
-) -> Iterator[Compute]:
+
+@by_rank
+def interleaved(rank: int, shape: Shape) -> Iterator[Compute]:
     """1F1B over v chunks per rank; stage c p + r is chunk c of rank r.
 
     Drawn for p = 2, m = 2, v = 2, B = 2 F: ::
@@ -27,21 +29,11 @@ def interleaved(
     References: Narayanan et al., "Efficient Large-Scale Language Model Training", SC 2021, section
     2.2.
     """
-    if num_chunks == 1:
-        yield from one_f_one_b(rank, num_ranks, num_microbatches)
-        return
-    p, v, total = num_ranks, num_chunks, num_microbatches * num_chunks
-
-    def compute(op: Op, k: int) -> Compute:
-        chunk = k % (p * v) // p
-        chunk = chunk if op is Op.FORWARD else v - 1 - chunk
-        return Compute(op, chunk * p + rank, k // (p * v) * p + k % p)
-
-    warmup = min(2 * (p - rank - 1) + (v - 1) * p, total)
-    for k in range(warmup):
-        yield compute(Op.FORWARD, k)
-    for k in range(total - warmup):
-        yield compute(Op.FORWARD, warmup + k)
-        yield compute(Op.BACKWARD, k)
-    for k in range(total - warmup, total):
-        yield compute(Op.BACKWARD, k)
+    p, v = shape.p, shape.v
+    forwards, backwards = [], []
+    for k in range(shape.m * v):
+        chunk, microbatch = k % (p * v) // p, k // (p * v) * p + k % p
+        forwards.append(Compute(Op.FORWARD, chunk * p + rank, microbatch))
+        backwards.append(Compute(Op.BACKWARD, (v - 1 - chunk) * p + rank, microbatch))
+    ahead = (2 if v > 1 else 1) * (p - 1 - rank) + (v - 1) * p
+    yield from alternate(forwards, backwards, ahead)
