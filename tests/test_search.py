@@ -14,7 +14,7 @@ from adaptis.cluster import Cluster, Device, Link, uniform
 from adaptis.costs import price as price_stages
 from adaptis.errors import InfeasibleError, PlanError
 from adaptis.lower import lower
-from adaptis.plan import Stage, plan_from_json, plan_to_json
+from adaptis.plan import Plan, Stage, plan_from_json, plan_to_json
 from adaptis.profile import LayerCost, Overheads, Profile, Shared, load_profile
 from adaptis.program import Op
 from adaptis.search import BASELINES, Progress, Stop, lower_bounds, search
@@ -80,7 +80,7 @@ def random_candidate(random, num_layers, num_devices):
 
 def peaks(plan, profile, cluster):
     """Peak bytes of each device, from the order alone: what F takes, B or I and W give back."""
-    costs = price_stages(plan.stages, profile, cluster)
+    costs = price_stages(plan, profile, cluster)
     result = []
     for d, order in enumerate(plan.programs):
         held = top = costs.static_bytes[d]
@@ -102,19 +102,23 @@ def peaks(plan, profile, cluster):
 def test_array_prices_equal_the_typed_ones(problem):
     profile, cluster, m, random = problem
     c = random_candidate(random, profile.num_layers, cluster.num_devices)
-    stages = [
+    stages = tuple(
         Stage(int(a), int(b), int(d))
         for a, b, d in zip([0, *c.stop[:-1]], c.stop, c.device, strict=True)
-    ]
-    tables, costs = (
-        price(make_instance(profile, cluster, m), c.stop, c.device),
-        price_stages(stages, profile, cluster),
+    )
+    instance = make_instance(profile, cluster, m)
+    tables = price(instance, c.stop, c.device)
+    costs = price_stages(Plan(m, stages, ((),) * cluster.num_devices), profile, cluster)
+    reserved = (
+        tables.static
+        - price(instance._replace(output=np.zeros_like(instance.output)), c.stop, c.device).static
     )
     typed = [costs.forward, costs.backward, costs.backward_input, costs.backward_weight]
     np.testing.assert_allclose(tables.seconds, typed)
     np.testing.assert_allclose(tables.busy, [costs.forward_busy, costs.backward_busy])
     np.testing.assert_allclose(tables.latency, [costs.forward_latency, costs.backward_latency])
-    np.testing.assert_allclose(tables.static, costs.static_bytes)
+    np.testing.assert_allclose(tables.static - reserved, costs.static_bytes)
+    assert (reserved >= 0).all()
     np.testing.assert_allclose(tables.update, costs.update)
 
 

@@ -14,19 +14,27 @@ from adaptis.execute.launch import launch
 from adaptis.plan import Plan, Stage
 from adaptis.program import Compute, Op
 from adaptis.schedules import SCHEDULES
+from adaptis.schedules.shape import Shape
 
 CUTS = {  # schedule -> (stages as (start, stop, device)), for 2 devices and 6 layers
     "gpipe": ((0, 3, 0), (3, 6, 1)),
     "1f1b": ((0, 2, 0), (2, 6, 1)),
     "interleaved": ((0, 1, 0), (1, 3, 1), (3, 4, 0), (4, 6, 1)),
     "zb-h1": ((0, 4, 0), (4, 6, 1)),
+    "zb-h2": ((0, 3, 0), (3, 6, 1)),
+    "breadth-first": ((0, 1, 0), (1, 3, 1), (3, 4, 0), (4, 6, 1)),
+    "gis": ((0, 2, 0), (2, 3, 1), (3, 4, 0), (4, 6, 1)),
+    "zb-v": ((0, 1, 0), (1, 3, 1), (3, 5, 1), (5, 6, 0)),
+    "v-half": ((0, 2, 0), (2, 3, 1), (3, 5, 1), (5, 6, 0)),
+    "v-min": ((0, 1, 0), (1, 3, 1), (3, 4, 1), (4, 6, 0)),
+    "hanayo": ((0, 1, 0), (1, 3, 1), (3, 5, 1), (5, 6, 0)),
 }
 
 
 def plan_of(name, cuts, m, *, recompute=()):
     stages = tuple(Stage(*cut, recompute=s in recompute) for s, cut in enumerate(cuts))
     ranks = 1 + max(stage.device for stage in stages)
-    orders = SCHEDULES[name].orders(ranks, m, len(stages) // ranks)
+    orders = SCHEDULES[name].orders(Shape(ranks, m, len(stages) // ranks))
     return Plan(m, stages, orders, schedule=name)
 
 

@@ -43,11 +43,14 @@ class Link:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """Devices in pipeline order, the link inside a node and the link between nodes."""
+    """Devices in pipeline order, and what connects them with each other and the rest."""
 
     devices: tuple[Device, ...]
     within_node: Link = Link()
     between_nodes: Link = Link()
+    host: Link = Link()  # each device's way to the host's memory, one in each direction
+    between_replicas: Link = Link()  # each device's way to its like in other replicas
+    overlap: bool = True  # whether devices compute while they transfer
 
     @property
     def num_devices(self) -> int:
@@ -96,6 +99,9 @@ def load_cluster(path: str | Path) -> Cluster:
     return cluster_from_json(read_json(path, "cluster file"), str(path))
 
 
+_LINKS = ("within_node", "between_nodes", "host", "between_replicas")
+
+
 def cluster_from_json(value: dict[str, Any], where: str = "cluster") -> Cluster:
     """A cluster from its JSON form; the inverse of `cluster_to_json`."""
     fields = Fields(value, where)
@@ -108,17 +114,18 @@ def cluster_from_json(value: dict[str, Any], where: str = "cluster") -> Cluster:
         )
         entry.done()
     links = {}
-    for name in ("within_node", "between_nodes"):
+    for name in _LINKS:
         entry = Fields(fields.take(name, dict, {}), f"{where}: {name}")
         links[name] = Link(
             entry.number("latency_seconds", 0.0),
             entry.number("bandwidth_bytes_per_second", math.inf, 1e-9),
         )
         entry.done()
+    overlap = fields.take("overlap", bool, True)
     fields.done()
     if not 1 <= len(devices) <= MAX_DEVICES:
         raise InputError(f"{where}: {len(devices)} devices, 1 to {MAX_DEVICES} are needed")
-    return Cluster(tuple(devices), links["within_node"], links["between_nodes"])
+    return Cluster(tuple(devices), **links, overlap=overlap)
 
 
 def cluster_to_json(cluster: Cluster) -> dict[str, Any]:
@@ -136,10 +143,16 @@ def cluster_to_json(cluster: Cluster) -> dict[str, Any]:
         if math.isfinite(device.memory_bytes):
             entry["memory_bytes"] = device.memory_bytes
         devices.append(entry)
+    links = {name: getattr(cluster, name) for name in _LINKS}
+    rare = () if cluster.overlap else (("overlap", False),)
     return {
         "format": FORMAT,
         "version": VERSION,
         "devices": devices,
-        "within_node": link(cluster.within_node),
-        "between_nodes": link(cluster.between_nodes),
+        **{
+            name: link(value)
+            for name, value in links.items()
+            if value != Link() or name in ("within_node", "between_nodes")
+        },
+        **dict(rare),
     }

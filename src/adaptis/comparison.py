@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from adaptis.check import check_memory
 from adaptis.errors import InfeasibleError, PlanError
 from adaptis.search import BASELINES, Stop, lower_bounds, search
 from adaptis.simulate import simulate_plan
@@ -91,13 +92,8 @@ def figures(timeline: Timeline) -> dict[str, Any]:
 
 def excess(timeline: Timeline, cluster: Cluster) -> InfeasibleError | None:
     """Why a timeline does not fit: the device that misses most, and what it misses."""
-    pairs = zip(timeline.peak_bytes, cluster.devices, strict=True)
-    missing, device = max((peak - item.memory_bytes, d) for d, (peak, item) in enumerate(pairs))
-    if missing <= 0:
-        return None
-    return InfeasibleError(
-        f"device {device} would need {timeline.peak_bytes[device] / 2**30:.3f} GiB at its peak, "
-        f"{missing / 2**30:.3f} GiB ({missing:.0f} bytes) more than it has; plan with --memory-gib",
-        device,
-        int(missing),
-    )
+    try:
+        check_memory(timeline.peak_bytes, [device.memory_bytes for device in cluster.devices])
+    except InfeasibleError as error:
+        return error
+    return None

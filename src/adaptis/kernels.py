@@ -21,69 +21,79 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return numba.njit(cache=True, nogil=True)(function)
 
 
+TAKE, SECONDS, GIVE, DELAY = range(4)  # the columns of what a row costs
+START, END, THERE = range(3)  # the columns of when it ran
+
+
 @compiled
 def replay(
-    offsets: Any,  # (D + 1,) rows of device d: offsets[d] to offsets[d + 1]
-    needs: Any,  # (n,) the row that writes what row i reads from another stage, or -1
-    reader: Any,  # (n,) the row on another device that reads what row i writes, or -1
-    seconds: Any,  # (n,) how long row i computes
-    busy: Any,  # (n,) how long the link carries what row i writes
-    latency: Any,  # (n,) and how much later it arrives
-    send: float,
-    receive: float,
-    start: Any,  # (n,) out
-    end: Any,  # (n,) out
-    arrival: Any,  # (n,) out: when the value of row i has arrived, 0 where it does not travel
+    offsets: Any,  # (L + 1,) rows of lane k: offsets[k] to offsets[k + 1]
+    need_offsets: Any,  # (N + 1,) row i needs needs[need_offsets[i] : need_offsets[i + 1]]
+    needs: Any,  # rows of other lanes
+    # (N, 4) seconds that row i spends before it starts, to take what it needs; how long it lasts;
+    # what its lane spends afterwards, to hand over what it wrote; how much later others see it
+    costs: Any,
+    times: Any,  # (N, 3) out: when row i starts, ends, and others see it
 ) -> int:
-    """Run each device's rows in order, as early as possible; returns how many rows could run.
+    """Run each lane's rows in order, as early as possible; returns how many rows could run.
 
-    A device goes on until it waits for a row of another device, and is taken up again when that
-    row is done: each row is looked at twice at most, so the cost is linear.
+    A lane goes on until it waits for a row of another lane, and is taken up again when that row
+    is done: each row is looked at once or twice, so the cost is linear. Costs and times of a row
+    lie side by side: hundreds of lanes advance in turn, and each touches few pages this way.
     """
-    num_devices = len(offsets) - 1
-    n = len(needs)
-    device = np.empty(n, np.int32)
-    for d in range(num_devices):
-        device[offsets[d] : offsets[d + 1]] = d
-    done = np.zeros(n, np.bool_)
-    clock = np.zeros(num_devices)
-    link = np.zeros((num_devices, num_devices))
+    num_lanes, n = len(offsets) - 1, len(costs)
+    times[:, THERE] = np.inf  # not yet
+    clock = np.zeros(num_lanes)
     position = offsets[:-1].copy()
-    stack = np.arange(num_devices)[::-1].copy()
-    depth = num_devices
-    waiting = np.zeros(num_devices, np.bool_)
+    waiter = np.full(n, -1, np.int32)  # the last lane that waits for row i
+    neighbour = np.full(num_lanes, -1, np.int32)  # the lane that waits for the same row
+    stack = np.arange(num_lanes)[::-1].copy()
+    depth = num_lanes
     count = 0
     while depth > 0:
         depth -= 1
-        d = stack[depth]
-        waiting[d] = False
-        while position[d] < offsets[d + 1]:
-            i = position[d]
-            begin = clock[d]
-            j = needs[i]
-            if j >= 0:
-                if not done[j]:
-                    waiting[d] = True
+        lane = stack[depth]
+        i, stop, now = position[lane], offsets[lane + 1], clock[lane]
+        while i < stop:
+            begin, missing = now, -1
+            for k in range(need_offsets[i], need_offsets[i + 1]):
+                there = times[needs[k], THERE]
+                if there == np.inf:
+                    missing = needs[k]
                     break
-                if device[j] != d:
-                    begin = max(begin, arrival[j]) + receive
-            start[i] = begin
-            finish = begin + seconds[i]
-            end[i] = finish
-            done[i] = True
+                begin = max(begin, there)
+            if missing >= 0:
+                neighbour[lane] = waiter[missing]
+                waiter[missing] = lane
+                break
+            begin += costs[i, TAKE]
+            end = begin + costs[i, SECONDS]
+            now = end + costs[i, GIVE]
+            times[i, START], times[i, END], times[i, THERE] = begin, end, now + costs[i, DELAY]
+            other = waiter[i]
+            while other >= 0:
+                stack[depth] = other
+                depth += 1
+                other = neighbour[other]
+            i += 1
             count += 1
-            position[d] = i + 1
-            clock[d] = finish
-            k = reader[i]
-            if k >= 0:
-                e = device[k]
-                clock[d] = finish + send
-                # One transfer at a time on a directed link.
-                onto = max(clock[d], link[d, e])
-                link[d, e] = onto + busy[i]
-                arrival[i] = link[d, e] + latency[i]
-                if waiting[e] and position[e] == k:
-                    waiting[e] = False
-                    stack[depth] = e
-                    depth += 1
+        position[lane], clock[lane] = i, now
     return count
+
+
+@compiled
+def peaks(
+    offsets: Any,  # (D + 1,) rows of device d: offsets[d] to offsets[d + 1]
+    taken: Any,  # (n,) bytes from the start of row i
+    freed: Any,  # (n,) bytes given back at its end
+    static: Any,  # (D,) bytes throughout
+) -> Any:
+    """(D,) the most bytes that each device holds at once."""
+    result = static.copy()
+    for d in range(len(offsets) - 1):
+        held = static[d]
+        for i in range(offsets[d], offsets[d + 1]):
+            held += taken[i]
+            result[d] = max(result[d], held)
+            held -= freed[i]
+    return result

@@ -39,6 +39,9 @@ class LayerCost:
     saved_bytes: int = 0  # kept from F to B, or to I
     saved_weight_bytes: int = 0  # the part of it (or in its place) kept from I to W
     output_bytes: int = 0  # handed to the next layer
+    overlapped: float = 0.0  # seconds hidden where F is fused with the B of a layer like this one
+    carried_bytes: int = 0  # handed from slice to slice: keys and values, or a recurrent state
+    workspace_bytes: int = 0  # held only while the layer computes
 
     @property
     def work(self) -> float:
@@ -132,7 +135,15 @@ _SECONDS = {
     "backward_input_seconds": "backward_input",
     "backward_weight_seconds": "backward_weight",
 }
-_BYTES = ("parameter_bytes", "state_bytes", "saved_bytes", "saved_weight_bytes", "output_bytes")
+_BYTES = (
+    "parameter_bytes",
+    "state_bytes",
+    "saved_bytes",
+    "saved_weight_bytes",
+    "output_bytes",
+    "carried_bytes",
+    "workspace_bytes",
+)
 
 
 def load_profile(path: str | Path) -> Profile:
@@ -196,11 +207,8 @@ def _layer(entry: Fields) -> LayerCost:
             "backward_seconds", times["backward_input"] + times["backward_weight"]
         ),
         update=entry.number("update_seconds", 0.0),
-        parameter_bytes=sizes["parameter_bytes"],
-        state_bytes=sizes["state_bytes"],
-        saved_bytes=sizes["saved_bytes"],
-        saved_weight_bytes=sizes["saved_weight_bytes"],
-        output_bytes=sizes["output_bytes"],
+        overlapped=entry.number("overlapped_seconds", 0.0),
+        **sizes,
     )
     entry.done()
     return layer
@@ -216,6 +224,8 @@ def profile_to_json(profile: Profile) -> dict[str, Any]:
             entry["backward_seconds"] = layer.backward
         if layer.update:
             entry["update_seconds"] = layer.update
+        if layer.overlapped:
+            entry["overlapped_seconds"] = layer.overlapped
         entry |= {name: getattr(layer, name) for name in _BYTES if getattr(layer, name)}
         layers.append(entry)
     result: dict[str, Any] = {

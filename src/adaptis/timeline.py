@@ -7,6 +7,7 @@ step has exactly one of: busy, or
 
     warm-up    before its first instruction
     transfer   the value it waits for was on its way
+    memory     a forward could have run, but its activations would not have fitted
     imbalance  the value it waits for was still being computed, or nothing was there to do
     cool-down  after its last instruction, until the step ends everywhere
 """
@@ -14,24 +15,25 @@ step has exactly one of: busy, or
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from adaptis.errors import InputError, ProgramError
 from adaptis.files import Fields, read_json
-from adaptis.program import Compute, Kind, Op, parse_compute, reads
+from adaptis.notation import parse_compute
+from adaptis.program import HEAD_OPS, OPS, Compute, Kind, Layout
+from adaptis.rows import needed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
 FORMAT, VERSION = "adaptis-timeline", 1
-CAUSES = ("warm-up", "transfer", "imbalance", "cool-down")
-OPS = tuple(Op)  # the codes in `Timeline.op`
+CAUSES = ("warm-up", "transfer", "memory", "imbalance", "cool-down")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,20 @@ class Timeline:
     ] = ()  # per device: times, bytes from then on
     transfers: tuple[Transfer, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
+    copies: int = 1  # of the model, as in `Layout`
+    reductions: int = 0  # of a sharded head, as in `Layout`
+    partner: NDArray[np.int32] | None = None  # the row of the other part of a fused pair, -1: none
+    held_back: NDArray[np.float64] | None = None  # idle seconds before each row, for memory's sake
+
+    @property
+    def layout(self) -> Layout:
+        """What the numbers of stages and micro-batches stand for."""
+        return Layout(
+            self.placement,
+            self.num_microbatches,
+            copies=self.copies,
+            reductions=self.reductions,
+        )
 
     @property
     def num_devices(self) -> int:
@@ -117,48 +133,40 @@ class Timeline:
 
     def bubbles(self) -> tuple[dict[str, float], ...]:
         """Per device: seconds of idle time until the makespan, by cause."""
-        written = self._written()
-        return tuple(self._bubbles(device, written) for device in range(self.num_devices))
-
-    def _written(self) -> dict[tuple[Kind, int, int], tuple[int, float]]:
-        """Which device wrote each value that can cross devices, and when."""
         device = np.repeat(np.arange(self.num_devices), np.diff(self.offsets))
-        forward, fused, half = (
-            OPS.index(op) for op in (Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT)
+        before = np.concatenate([[0.0], self.end[:-1]])
+        first = np.zeros(len(self.end), dtype=np.bool_)
+        first[self.offsets[:-1][np.diff(self.offsets) > 0]] = True
+        gap = np.maximum(np.where(first, 0.0, self.start - before), 0.0)
+        held = np.zeros_like(gap) if self.held_back is None else np.minimum(self.held_back, gap)
+        moving = np.clip(
+            self.start - np.maximum(before, self._sent(device)) - held, 0.0, gap - held
         )
-        kind = {forward: Kind.OUTPUT, fused: Kind.INPUT_GRAD, half: Kind.INPUT_GRAD}
-        columns = zip(self.op, self.stage, self.microbatch, device, self.end, strict=True)
-        return {
-            (kind[o], int(s), int(m)): (int(d), float(e)) for o, s, m, d, e in columns if o in kind
-        }
+        idle = {"transfer": moving, "memory": held, "imbalance": gap - held - moving}
+        result = []
+        for d in range(self.num_devices):
+            rows = self.rows(d)
+            began = float(self.start[rows][0]) if rows.stop > rows.start else 0.0
+            ended = float(self.end[rows][-1]) if rows.stop > rows.start else 0.0
+            causes = {name: float(seconds[rows].sum()) for name, seconds in idle.items()}
+            causes |= {"warm-up": began, "cool-down": self.makespan - ended}
+            result.append({cause: causes[cause] for cause in CAUSES})
+        return tuple(result)
 
-    def _bubbles(
-        self, device: int, written: dict[tuple[Kind, int, int], tuple[int, float]]
-    ) -> dict[str, float]:
-        result = dict.fromkeys(CAUSES, 0.0)
-        clock, first = 0.0, True
-        for span in self.spans(device):
-            gap = span.start - clock
-            if gap > 0 and first:
-                result["warm-up"] += gap
-            elif gap > 0:
-                moving = max(
-                    (
-                        span.start - max(clock, ready)
-                        for value in reads(span.compute, len(self.placement))
-                        for source, ready in [
-                            written.get((value.kind, value.stage, value.microbatch), (device, 0.0))
-                        ]
-                        if source != device
-                    ),
-                    default=0.0,
-                )
-                moving = min(max(moving, 0.0), gap)
-                result["transfer"] += moving
-                result["imbalance"] += gap - moving
-            clock, first = span.end, False
-        result["cool-down"] += self.makespan - clock
-        return result
+    def _sent(self, device: NDArray[np.int64]) -> NDArray[np.float64]:
+        """When what row i reads from another device was written there; infinity: it reads none.
+
+        A fused pair hands over both values, and needs both, at once.
+        """
+        need = needed(self.op, self.stage, self.microbatch, self.layout)
+        remote = (need >= 0) & (device[need] != device)
+        if self.partner is None:
+            return np.where(remote, self.end[need], np.inf)
+        index = np.arange(len(need))
+        other = np.where(self.partner < 0, index, self.partner)
+        written = np.where(remote, self.end[np.maximum(index, other)[need]], -np.inf)
+        written = np.maximum(written, written[other])
+        return np.where(written > -np.inf, written, np.inf)
 
     def summary(self) -> dict[str, Any]:
         """The figures that are printed, with units in the keys."""
@@ -179,6 +187,7 @@ def timeline_to_json(timeline: Timeline) -> dict[str, Any]:
 
     Replay the plan for them.
     """
+    rare = {"copies": timeline.copies, "reductions": timeline.reductions}
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -186,14 +195,22 @@ def timeline_to_json(timeline: Timeline) -> dict[str, Any]:
         "source": timeline.source,
         "placement": list(timeline.placement),
         "num_microbatches": timeline.num_microbatches,
+        **{key: value for key, value in rare.items() if value != getattr(Timeline, key)},
         "step_seconds": timeline.step,
         "peak_bytes": list(timeline.peak_bytes),
         "notes": timeline.notes,
-        "devices": [
-            [[str(s.compute), s.start, s.end] for s in timeline.spans(d)]
-            for d in range(timeline.num_devices)
-        ],
+        "devices": [_row_list(timeline, d) for d in range(timeline.num_devices)],
     }
+
+
+def _row_list(timeline: Timeline, device: int) -> list[list[Any]]:
+    """[instruction, start, end], and the seconds that memory held it back where it did."""
+    rows: list[list[Any]] = [[str(s.compute), s.start, s.end] for s in timeline.spans(device)]
+    if timeline.held_back is not None:
+        for row, seconds in zip(rows, timeline.held_back[timeline.rows(device)], strict=True):
+            if seconds > 0:
+                row.append(float(seconds))
+    return rows
 
 
 def load_timeline(path: str | Path) -> Timeline:
@@ -212,8 +229,15 @@ def timeline_from_json(value: dict[str, Any], where: str = "timeline") -> Timeli
             f"{where}: 'placement' must give each stage one of the {len(rows)} devices"
         )
     count = top.count("num_microbatches", least=1)
-    for compute in (compute for row in rows for compute, _, _ in row):
-        if compute.stage >= len(placement) or compute.microbatch >= count:
+    copies, reductions = top.count("copies", 1, 1), top.count("reductions", 0)
+    if reductions > 2 or len(placement) % copies:
+        raise InputError(
+            f"{where}: {copies} copies of a model in {len(placement)} stages, {reductions} "
+            f"reductions of its head: 0, 1 or 2, and copies that divide the stages, are needed"
+        )
+    for compute in (row[0] for device in rows for row in device):
+        stages = len(placement) + (reductions > 0 and compute.op in HEAD_OPS)
+        if compute.stage >= stages or compute.microbatch >= count:
             raise InputError(
                 f"{where}: {compute} is beyond {len(placement)} stages and {count} micro-batches"
             )
@@ -233,14 +257,20 @@ def timeline_from_json(value: dict[str, Any], where: str = "timeline") -> Timeli
         notes=top.take("notes", dict, {}),
     )
     top.done()
-    return timeline
+    held = np.array([row[3] for device in rows for row in device])
+    return replace(
+        timeline, copies=copies, reductions=reductions, held_back=held if held.any() else None
+    )
 
 
-def _rows(device: int, entries: object, where: str) -> list[tuple[Compute, float, float]]:
+_Row = tuple[Compute, float, float, float]  # what, from, to, and how long memory held it back
+
+
+def _rows(device: int, entries: object, where: str) -> list[_Row]:
     """One device's rows, in the order they ran."""
     if not isinstance(entries, list):
         raise InputError(f"{where}: devices[{device}] is no list of [instruction, start, end]")
-    rows = []
+    rows: list[_Row] = []
     clock = 0.0
     for index, entry in enumerate(entries):
         at = f"{where}: devices[{device}][{index}]"
@@ -252,19 +282,21 @@ def _rows(device: int, entries: object, where: str) -> list[tuple[Compute, float
     return rows
 
 
-def _row(entry: object, where: str) -> tuple[Compute, float, float]:
+def _row(entry: object, where: str) -> _Row:
     match entry:
-        case [str() as text, (int() | float()) as start, (int() | float()) as end]:
-            if bool not in (type(start), type(end)) and 0 <= start <= end <= sys.float_info.max:
+        case [str() as text, (int() | float()) as start, (int() | float()) as end, *rest]:
+            numbers = [start, end, *(rest or [0.0])]
+            plain = len(numbers) == 3 and all(type(x) in (int, float) for x in numbers)
+            if plain and 0 <= start <= end <= sys.float_info.max and 0 <= numbers[2] <= end:
                 try:
-                    return parse_compute(text), float(start), float(end)
+                    return parse_compute(text), float(start), float(end), float(numbers[2])
                 except ProgramError as error:
                     raise InputError(f"{where}: {error}") from None
     raise InputError(f"{where}: {entry!r} is no [instruction, start, end]")
 
 
 def from_rows(
-    rows: list[list[tuple[Compute, float, float]]],
+    rows: Sequence[Sequence[tuple[Compute, float, float] | _Row]],
     *,
     name: str,
     source: str,
@@ -282,11 +314,11 @@ def from_rows(
         placement=placement,
         num_microbatches=num_microbatches,
         offsets=np.cumsum([0, *map(len, rows)]).astype(np.int64),
-        op=np.array([OPS.index(c.op) for c, _, _ in flat], dtype=np.int8),
-        stage=np.array([c.stage for c, _, _ in flat], dtype=np.int32),
-        microbatch=np.array([c.microbatch for c, _, _ in flat], dtype=np.int32),
-        start=np.array([s for _, s, _ in flat], dtype=np.float64),
-        end=np.array([e for _, _, e in flat], dtype=np.float64),
+        op=np.array([OPS.index(row[0].op) for row in flat], dtype=np.int8),
+        stage=np.array([row[0].stage for row in flat], dtype=np.int32),
+        microbatch=np.array([row[0].microbatch for row in flat], dtype=np.int32),
+        start=np.array([row[1] for row in flat], dtype=np.float64),
+        end=np.array([row[2] for row in flat], dtype=np.float64),
         step=step,
         peak_bytes=peak_bytes,
         notes=notes or {},

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Protocol
 
+from adaptis.errors import PlanError
 from adaptis.program import Compute, Instruction, Kind, Op, Program, Receive, Send, Step, Value
 
 if TYPE_CHECKING:
@@ -96,7 +97,7 @@ class Executor:
 
     def _fetch(self, compute: Compute) -> Tensor | None:
         """The value of another stage that `compute` reads."""
-        for value in self._program.reads(compute):
+        for value in self._program.layout.reads(compute):
             if value.kind in (Kind.OUTPUT, Kind.INPUT_GRAD):
                 if self._program.placement[value.stage] == self.device:
                     return self._values.pop(value)
@@ -127,6 +128,32 @@ class Executor:
         return None
 
 
+def refuse_unknown(program: Program) -> None:
+    """Name what the loop above cannot run yet.
+
+    Raises:
+        PlanError: the program has slices, copies of the model, or an instruction of another kind.
+    """
+    layout = program.layout
+    for found, what in (
+        (layout.previous, "sequences in slices"),
+        (layout.copies > 1, "several copies of the model"),
+        (layout.replicas > 1, "data-parallel replicas"),
+        (layout.sharded, "sharded stages"),
+        (layout.reductions, "a sharded head"),
+    ):
+        if found:
+            raise PlanError(f"the plan has {what}, which can be simulated but not executed yet")
+    for device, row in enumerate(program.devices):
+        for instruction in row:
+            known = isinstance(instruction, Compute | Send | Receive | Step)
+            if not known or instruction == Step(clipped=True):
+                raise PlanError(
+                    f"device {device}: {instruction} can be simulated but not executed yet; use a "
+                    f"plan without it"
+                )
+
+
 def _written(compute: Compute) -> Value:
     kind = Kind.OUTPUT if compute.op is Op.FORWARD else Kind.INPUT_GRAD
     return Value(kind, compute.stage, compute.microbatch)
@@ -140,6 +167,6 @@ def describe(program: Program, device: int, position: int) -> str:
             place = f"stage {stage}, micro-batch {microbatch}, "
         case Send(value) | Receive(value):
             place = f"stage {value.stage}, micro-batch {value.microbatch}, "
-        case Step():
+        case _:
             place = ""
     return f"{place}instruction {position + 1} of {len(program.devices[device])}: {instruction}"

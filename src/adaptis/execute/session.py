@@ -17,11 +17,11 @@ import torch.distributed as dist
 
 from adaptis.check import check
 from adaptis.errors import PlanError
-from adaptis.execute.executor import Executor, describe
+from adaptis.execute.executor import Executor, describe, refuse_unknown
 from adaptis.execute.transport import TorchTransport
 from adaptis.lower import lower
 from adaptis.measure.compute import StageCompute
-from adaptis.program import Compute, Op
+from adaptis.program import Compute, Op, parts
 from adaptis.timeline import Timeline, from_rows
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class Session:
         self.plan, self.model, self.world = plan, model, world
         self.program = lower(plan)
         check(self.program)
+        refuse_unknown(self.program)
         self.steps = 0
         self._key = key
         device = world.rank
@@ -88,7 +89,12 @@ class Session:
         self.buffers = {
             n: b for module in modules.values() for n, b in module.global_buffers().items()
         }
-        split = {c.stage for c in plan.programs[device] if c.op is Op.BACKWARD_INPUT}
+        split = {
+            c.stage
+            for work in plan.programs[device]
+            for c in parts(work)
+            if c.op is Op.BACKWARD_INPUT
+        }
         self.stages = {
             s: StageCompute(
                 model,

@@ -2,58 +2,111 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from adaptis.errors import PlanError
-from adaptis.plan import Plan, Stage
-from adaptis.schedules import SCHEDULES
-from adaptis.search.convert import fixed_of
+from adaptis.plan import Plan, Stage, named_plan
+from adaptis.schedules import MANY, SCHEDULES
+from adaptis.schedules.shape import Shape
+from adaptis.search.convert import counted, fixed_of
 from adaptis.search.instance import make_instance
 from adaptis.search.partition import bottleneck_cut, climb, even_cut
 from adaptis.search.polish import make_trace, retime
+from adaptis.simulate import simulate_plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from adaptis.cluster import Cluster
     from adaptis.profile import Profile
+    from adaptis.schedules import Schedule
 
 REPLAYED_ROWS = 8_000_000  # how much "1f1b-uneven" may simulate: a second or so
+SEARCHED = ("zb-auto", "v-search")  # that look at costs, in plain Python
+SEARCHED_ROWS = 3 * 2 * 16 * 64  # and take seconds for more computations than these
 
 
 def _plan(
     profile: Profile,
     cluster: Cluster,
     num_microbatches: int,
-    schedule: str,
-    stops: Sequence[int],
-    name: str,
+    schedule: Schedule,
+    num_chunks: int,
 ) -> Plan:
-    """`schedule` over the stages that end before `stops`, looped over the devices."""
+    """`schedule` over an even cut into `num_chunks` stages per device."""
     p = cluster.num_devices
-    starts = [0, *stops[:-1]]
-    return Plan(
-        num_microbatches=num_microbatches,
-        stages=tuple(
-            Stage(a, b, s % p) for s, (a, b) in enumerate(zip(starts, stops, strict=True))
-        ),
-        programs=SCHEDULES[schedule].orders(p, num_microbatches, len(stops) // p),
-        schedule=name,
-        model=profile.model,
-        fingerprint=profile.fingerprint,
-    )
+    stops = even_cut(profile, p * num_chunks // schedule.copies)
+    shape = Shape(p, num_microbatches, num_chunks)
+    if schedule.name in SEARCHED:
+        if 3 * p * num_chunks * num_microbatches > SEARCHED_ROWS:
+            raise PlanError(
+                f"{schedule.name} is made for up to {SEARCHED_ROWS} computations, "
+                f"{3 * p * num_chunks * num_microbatches} are needed"
+            )
+        shape = _with_costs(shape, stops, profile, cluster)
+    return named_plan(schedule, shape, stops, profile)
 
 
-def _even(schedule: str) -> Callable[[Profile, Cluster, int], Plan]:
-    """One stage per device, cut evenly."""
+def _with_costs(shape: Shape, stops: Sequence[int], profile: Profile, cluster: Cluster) -> Shape:
+    """What the average stage costs, the slowest hop, and how many micro-batches fit everywhere."""
+    layers = profile.layers
+    count, starts = len(stops), (0, *stops[:-1])
+    names = ("forward", "backward_input", "backward_weight")
+    forward, half, weight = (sum(getattr(x, name) for x in layers) / count for name in names)
+    hops = [cluster.link(d, d + 1) for d in range(shape.p - 1)]
+    size = max(layer.output_bytes for layer in layers)
+    hop = max((link.seconds(size) for link in hops), default=0.0)
+    room = []
+    for d, device in enumerate(cluster.devices):
+        mine = [(starts[s], stops[s]) for s in range(d, count, shape.p)]
+        static = sum(layer.state_bytes for a, b in mine for layer in layers[a:b])
+        held = max(sum(layer.saved_bytes for layer in layers[a:b]) for a, b in mine)
+        if held and math.isfinite(device.memory_bytes):
+            room.append(int((device.memory_bytes - static) // held))
+    most = max(min(room), 1) if room else None
+    return replace(shape, seconds=(forward, half, weight), hop=hop, most=most)
+
+
+def _tuned(name: str) -> Callable[[Profile, Cluster, int], Plan]:
+    """A named schedule, cut evenly, with the best of the numbers of stages that it allows."""
+    schedule = SCHEDULES[name]
 
     def baseline(profile: Profile, cluster: Cluster, num_microbatches: int) -> Plan:
-        stops = even_cut(profile, cluster.num_devices)
-        return _plan(profile, cluster, num_microbatches, schedule, stops, schedule)
+        return _best(schedule, schedule.chunks, profile, cluster, num_microbatches)
 
     return baseline
+
+
+def _best(
+    schedule: Schedule, chunks: range, profile: Profile, cluster: Cluster, num_microbatches: int
+) -> Plan:
+    """The best number of stages per device among `chunks`.
+
+    Raises:
+        PlanError: there is no such plan; why the one with the fewest stages is none.
+    """
+    p, blocks = cluster.num_devices, len(profile.units())
+    least = Shape(p, num_microbatches, chunks[0])
+    if p * chunks[0] // schedule.copies > blocks:
+        raise PlanError(
+            f"{profile.model} has {blocks} blocks, too few for the "
+            f"{p * chunks[0] // schedule.copies} stages of {schedule.name}; use fewer devices"
+        )
+    if schedule.lacks(least):
+        raise PlanError(f"{schedule.name} needs {schedule.lacks(least)}")
+    plans = [
+        _plan(profile, cluster, num_microbatches, schedule, v)
+        for v in chunks[: blocks * schedule.copies // p]
+        if p * v // schedule.copies <= blocks and not schedule.lacks(Shape(p, num_microbatches, v))
+    ]
+    if len(plans) == 1:
+        return plans[0]
+    return min(plans, key=lambda plan: _seconds(plan, profile, cluster))
 
 
 def interleaved(profile: Profile, cluster: Cluster, num_microbatches: int) -> Plan:
@@ -62,16 +115,8 @@ def interleaved(profile: Profile, cluster: Cluster, num_microbatches: int) -> Pl
     Raises:
         PlanError: too few blocks, or the micro-batches are no multiple of the devices.
     """
-    p = cluster.num_devices
-    chunks = max(len(profile.units()) // p, 1)
-    return _plan(
-        profile,
-        cluster,
-        num_microbatches,
-        "interleaved",
-        even_cut(profile, p * chunks),
-        "interleaved",
-    )
+    chunks = max(len(profile.units()) // cluster.num_devices, 1)
+    return _plan(profile, cluster, num_microbatches, SCHEDULES["interleaved"], chunks)
 
 
 def interleaved_tuned(
@@ -82,21 +127,9 @@ def interleaved_tuned(
     Raises:
         PlanError: fewer blocks than devices need, or micro-batches are no multiple of the devices.
     """
-    p = cluster.num_devices
-    plans = []
-    for chunks in range(least, max(len(profile.units()) // p, 1) + 1):
-        if chunks > 1 and num_microbatches % p:
-            break
-        stops = even_cut(profile, p * chunks)
-        plans.append(
-            _plan(profile, cluster, num_microbatches, "interleaved", stops, "interleaved-tuned")
-        )
-    if not plans:
-        raise PlanError(
-            f"interleaved needs {least} blocks per device and a multiple of {p} micro-batches; "
-            f"found {len(profile.units())} blocks for {p} devices, {num_microbatches} micro-batches"
-        )
-    return min(plans, key=lambda plan: _seconds(plan, profile, cluster))
+    chunks = range(least, MANY)
+    plan = _best(SCHEDULES["interleaved"], chunks, profile, cluster, num_microbatches)
+    return replace(plan, schedule="interleaved-tuned")
 
 
 def uneven(profile: Profile, cluster: Cluster, num_microbatches: int) -> Plan:
@@ -118,34 +151,47 @@ def uneven(profile: Profile, cluster: Cluster, num_microbatches: int) -> Plan:
     seeds = [bottleneck_cut(work, slowness) for slowness in (speed, speed * tail, speed / tail)]
     if p <= len(profile.units()):
         seeds.append(np.array(even_cut(profile, p), dtype=np.int64))
-    programs = SCHEDULES["1f1b"].orders(p, num_microbatches)
+    programs = SCHEDULES["1f1b"].orders(Shape(p, num_microbatches))
     rows = 2 * p * num_microbatches
     most = REPLAYED_ROWS // rows // len(seeds) + 1
     found = []
     for problem in (instance, free):  # the second only counts where nothing fits
         for seed in seeds:
-            plan = _plan(profile, cluster, num_microbatches, "1f1b", seed.tolist(), "1f1b-uneven")
-            fixed = fixed_of(plan.stages, programs)
+            fixed = fixed_of(_stages(seed.tolist()), programs)
             cost, _ = climb(problem, fixed, p if p <= 8 else 1, most)
             found.append((float(cost), fixed.stop.tolist()))
         if np.isfinite(min(found)[0]):
             break
-    return _plan(profile, cluster, num_microbatches, "1f1b", min(found)[1], "1f1b-uneven")
+    shape = Shape(p, num_microbatches)
+    plan = named_plan(SCHEDULES["1f1b"], shape, min(found)[1], profile)
+    return replace(plan, schedule="1f1b-uneven")
+
+
+def _stages(stops: Sequence[int]) -> list[Stage]:
+    """One stage a device."""
+    return [Stage(a, b, d) for d, (a, b) in enumerate(pairwise((0, *stops)))]
 
 
 def _seconds(plan: Plan, profile: Profile, cluster: Cluster) -> float:
     """The step of `plan`, whether it fits or not."""
+    fixed = counted(plan)
+    if fixed is None:
+        return simulate_plan(plan, profile, cluster).step
     instance = make_instance(profile, cluster, plan.num_microbatches)
     free = instance._replace(memory=np.full(cluster.num_devices, np.inf))
-    fixed = fixed_of(plan.stages, plan.programs)
     return float(retime(free, fixed, make_trace(len(fixed.kind))))
 
 
-BASELINES: dict[str, Callable[[Profile, Cluster, int], Plan]] = {
-    "gpipe": _even("gpipe"),
-    "1f1b": _even("1f1b"),
-    "interleaved": interleaved,
-    "interleaved-tuned": interleaved_tuned,
-    "zb-h1": _even("zb-h1"),
-    "1f1b-uneven": uneven,
-}
+def _table() -> dict[str, Callable[[Profile, Cluster, int], Plan]]:
+    """Every schedule of whole micro-batches, interleaved in both ways, and 1F1B cut at its best."""
+    table: dict[str, Callable[[Profile, Cluster, int], Plan]] = {}
+    for name, schedule in SCHEDULES.items():
+        if schedule.sliced:
+            continue
+        table[name] = _tuned(name)
+        if name == "interleaved":
+            table |= {name: interleaved, "interleaved-tuned": interleaved_tuned}
+    return table | {"1f1b-uneven": uneven}
+
+
+BASELINES = _table()

@@ -7,32 +7,54 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adaptis.plan import Plan, Stage
-from adaptis.program import Compute, Op
+from adaptis.program import Compute, Op, parts
 from adaptis.search.polish import Fixed
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from adaptis.profile import Profile
+    from adaptis.program import Work
 
 KINDS = {Op.FORWARD: 0, Op.BACKWARD: 1, Op.BACKWARD_INPUT: 1, Op.BACKWARD_WEIGHT: 2}
 
 
-def fixed_of(stages: Sequence[Stage], programs: Sequence[Sequence[Compute]]) -> Fixed:
+def fixed_of(stages: Sequence[Stage], programs: Sequence[Sequence[Work]]) -> Fixed:
     """The arrays of a plan whose micro-batches go through each stage in order."""
     split = np.zeros(len(stages), dtype=np.bool_)
-    for order in programs:
-        for compute in order:
-            if compute.op is Op.BACKWARD_WEIGHT:
-                split[compute.stage] = True
+    orders = [[compute for work in order for compute in parts(work)] for order in programs]
+    flat = [compute for order in orders for compute in order]
+    for compute in flat:
+        if compute.op is Op.BACKWARD_WEIGHT:
+            split[compute.stage] = True
     return Fixed(
         stop=np.array([stage.stop for stage in stages], dtype=np.int64),
         device=np.array([stage.device for stage in stages], dtype=np.int64),
         split=split,
-        offsets=np.cumsum([0, *map(len, programs)]).astype(np.int64),
-        kind=np.array([KINDS[c.op] for order in programs for c in order], dtype=np.int8),
-        stage=np.array([c.stage for order in programs for c in order], dtype=np.int32),
+        offsets=np.cumsum([0, *map(len, orders)]).astype(np.int64),
+        kind=np.array([KINDS[c.op] for c in flat], dtype=np.int8),
+        stage=np.array([c.stage for c in flat], dtype=np.int32),
     )
+
+
+def counted(plan: Plan) -> Fixed | None:
+    """The arrays of `plan`, where they can say it all.
+
+    None where it has fused pairs, copies of the model or more decisions than the search makes, or
+    where micro-batches do not go through each stage in order.
+    """
+    plain = all(isinstance(work, Compute) for order in plan.programs for work in order)
+    more = any(stage.recompute or stage.offload or stage.sharded for stage in plan.stages)
+    if not plain or more or plan.copies * plan.replicas > 1 or plan.previous:
+        return None
+    next_of: dict[tuple[Op, int], int] = {}
+    for order in plan.programs:
+        for work in order:
+            for c in parts(work):
+                if next_of.setdefault((c.op, c.stage), 0) != c.microbatch:
+                    return None
+                next_of[c.op, c.stage] += 1
+    return fixed_of(plan.stages, plan.programs)
 
 
 def plan_of(fixed: Fixed, num_microbatches: int, profile: Profile, name: str) -> Plan:

@@ -28,9 +28,9 @@ PERIOD, ALTERNATE, FIT, PATIENCE, DEFER = range(5)
 NUM_KNOBS = 5
 IMPOSSIBLE = 1e9  # seconds; what does not fit costs more
 
-# Columns of a stage's row in `spec`; those with three kinds take three columns.
-SECONDS, RANK, TAKES, RECEIVE, BUSY, LATENCY, ROOM, LIMIT, SPLIT = 0, 3, 6, 9, 11, 13, 15, 16, 17
-NUM_SPEC = 18
+# Columns of a stage's row in `spec`: the first four take three, one a kind, BUSY and LATENCY two.
+SECONDS, RANK, TAKES, RECEIVE, BUSY, LATENCY, ROOM, LIMIT, SPLIT = 0, 3, 6, 9, 12, 14, 16, 17, 18
+NUM_SPEC = 19
 # Columns of a device's row in `state`: when it is free, bytes held, seconds worked, when it
 # began, when its choice begins.
 CLOCK, HELD, WORKED, FIRST, WHEN = range(5)

@@ -12,6 +12,7 @@ import numba
 import numpy as np
 
 from adaptis.kernels import compiled
+from adaptis.lower import LOOKAHEAD
 
 if TYPE_CHECKING:
     from adaptis.cluster import Cluster
@@ -32,6 +33,7 @@ class Instance(NamedTuple):
     update: Any  # (L + 1,) prefix sums of the optimizer's seconds
     sizes: Any  # (3, L + 1) prefix sums of bytes: state, saved, saved for W
     output: Any  # (L,) bytes handed on
+    workspace: Any  # (L,) bytes held only while a layer computes; empty where there are none
     slowness: Any  # (D,)
     memory: Any  # (D,) bytes, inf where unlimited
     node: Any  # (D,)
@@ -57,14 +59,17 @@ class Tables(NamedTuple):
     update: Any  # (D,) seconds at the end of the step
 
 
-def make_instance(profile: Profile, cluster: Cluster, num_microbatches: int) -> Instance:
-    """The arrays of one planning problem."""
+def make_instance(
+    profile: Profile, cluster: Cluster, num_microbatches: int, spare: float = 0.0
+) -> Instance:
+    """The arrays of one planning problem; `spare` bytes of each device stay free."""
 
     def prefix(name: str) -> Any:
         values = [getattr(layer, name) for layer in profile.layers]
         return np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
 
     links = (cluster.within_node, cluster.between_nodes)
+    workspace = np.array([layer.workspace_bytes for layer in profile.layers], dtype=np.float64)
     extra = profile.overheads
     ops = ("forward", "backward", "backward_input", "backward_weight")
     return Instance(
@@ -76,8 +81,9 @@ def make_instance(profile: Profile, cluster: Cluster, num_microbatches: int) -> 
             [prefix(n) for n in ("state_bytes", "saved_bytes", "saved_weight_bytes")],
         ),
         output=np.array([layer.output_bytes for layer in profile.layers], dtype=np.float64),
+        workspace=workspace if workspace.any() else workspace[:0],
         slowness=np.array([1.0 / device.speed for device in cluster.devices]),
-        memory=np.array([device.memory_bytes for device in cluster.devices], dtype=np.float64),
+        memory=np.array([device.memory_bytes - spare for device in cluster.devices]),
         node=np.array([device.node for device in cluster.devices], dtype=np.int64),
         link=np.array([[x.latency for x in links], [1.0 / x.bandwidth for x in links]]),
         send=float(extra.send),
@@ -125,11 +131,30 @@ def price(instance: Any, stop: Any, device: Any) -> Any:
             latency[0, s], latency[1, s + 1] = instance.link[0, between], instance.link[0, between]
             remote[0, s], remote[1, s + 1] = True, True
         start = end
+    _reserve(instance, stop, device, static)
     for k in range(len(instance.shared_bytes)):
         held = _holders(instance, k, stop, device)
         for d in range(num_devices):
             static[d] -= max(held[d] - 1, 0) * instance.shared_state[k]
     return Tables(seconds, busy, latency, remote, saved, kept, static, update)
+
+
+@compiled
+def _reserve(instance: Any, stop: Any, device: Any, static: Any) -> None:
+    """Room for the largest workspace, and for as many received values as are posted ahead."""
+    num_devices, last = len(static), len(stop) - 1
+    value, workspace = np.zeros(num_devices), np.zeros(num_devices)
+    start = 0
+    for s in range(len(stop)):
+        d = device[s]
+        if s > 0 and device[s - 1] != d:
+            value[d] = max(value[d], instance.output[start - 1])
+        if s < last and device[s + 1] != d:
+            value[d] = max(value[d], instance.output[stop[s] - 1])
+        if len(instance.workspace):
+            workspace[d] = max(workspace[d], np.max(instance.workspace[start : stop[s]]))
+        start = stop[s]
+    static += (LOOKAHEAD + 1) * value + workspace
 
 
 @compiled

@@ -14,13 +14,10 @@ import numpy as np
 from adaptis.kernels import compiled
 from adaptis.search.greedy import (
     BUSY,
-    CLOCK,
-    HELD,
     LATENCY,
     RECEIVE,
     SECONDS,
     TAKES,
-    WORKED,
     list_schedule,
     make_spec,
     seconds_of_work,
@@ -84,20 +81,17 @@ def retime(instance: Any, fixed: Any, trace: Any, most: float = np.inf) -> float
     tables = price(instance, fixed.stop, fixed.device)
     limit = np.empty(0)
     spec, target = make_spec(instance, fixed.device, fixed.split, limit, tables)
-    num_stages, num_devices = len(fixed.stop), len(fixed.offsets) - 1
-    state = np.zeros((num_devices, 5))
-    state[:, HELD] = tables.static
-    row_of = np.full((num_stages, 3, instance.num_microbatches), -1)
-    last = np.full(num_devices, -1)
+    num_devices = len(fixed.offsets) - 1
+    clock = np.zeros(num_devices)
     left = seconds_of_work(instance.num_microbatches, num_devices, fixed.device, spec)
     left -= most * (1 + 1e-12)
-    done = _replay(instance, fixed, spec, target, state, row_of, trace.cause, last, left)
+    done = _replay(instance, fixed, spec, target, tables.static.copy(), clock, trace.cause, left)
     if done < len(fixed.kind):
         return np.inf
-    clock = state[:, CLOCK].copy()
     step = finish(instance, fixed.stop, fixed.device, tables.update, clock)
     d = np.argmax(clock + tables.update)
-    i, length = last[d], 0
+    i = fixed.offsets[d + 1] - 1 if fixed.offsets[d + 1] > fixed.offsets[d] else -1
+    length = 0
     while i >= 0:
         trace.path[length] = i
         length += 1
@@ -112,119 +106,72 @@ def _replay(
     fixed: Any,
     spec: Any,
     target: Any,
-    state: Any,
-    row_of: Any,
+    held: Any,  # (D,) bytes that each device holds
+    clock: Any,  # (D,) out: when each device has finished
     cause: Any,
-    last: Any,
     left: Any,
 ) -> int:
     """Run every device's rows as early as possible; returns how many could run and fitted.
 
     `left` is each device's work less what time there is: positive once idle time has used that up.
+    A device that waits for a value names it in `wanted`, and is taken up when that arrives.
     """
     offsets, kinds, stages = fixed.offsets, fixed.kind, fixed.stage
-    num_stages, num_devices, m = len(spec), len(state), instance.num_microbatches
-    memory, send = instance.memory, instance.send
+    num_stages, num_devices, m = len(spec), len(held), instance.num_microbatches
+    send, memory, done = instance.send, instance.memory, 0
     counts = np.zeros((num_stages, 3), np.int64)
     arrived = np.full((num_stages, 2, m), np.inf)
     arrived[0, 0, :] = 0.0
+    writer = np.full((num_stages, 2, m), -1, np.int32)  # the row that writes what arrives
     link = np.zeros((num_devices, num_devices))
-    position = offsets[:-1].copy()
-    stack, queued, depth = np.arange(num_devices), np.ones(num_devices, np.bool_), num_devices
-    done = 0
+    position, wanted = offsets[:-1].copy(), np.full(num_devices, -1)
+    stack, depth = np.arange(num_devices), num_devices
     while depth > 0:
         depth -= 1
         d = stack[depth]
-        queued[d] = False
-        while position[d] < offsets[d + 1]:
-            i = position[d]
-            if not _begin(
-                spec, kinds[i], stages[i], counts, arrived, row_of, state, cause, last, d, i
-            ):
+        now, bytes_held, rest, first = clock[d], held[d], left[d], offsets[d]
+        i, stop = position[d], offsets[d + 1]
+        while i < stop:
+            k, s = kinds[i], stages[i]
+            count = counts[s, k]
+            at = arrived[s, k, count] if k < 2 else 0.0
+            if at == np.inf or (k > 0 and count >= counts[s, k - 1]):
+                wanted[d] = (s * 2 + k) * m + count
                 break
-            left[d] -= spec[stages[i], SECONDS + kinds[i]]
-            if state[d, HELD] > memory[d] or state[d, CLOCK] + left[d] > 0:
+            late = at > now
+            begin = max(at, now) + spec[s, RECEIVE + k]
+            cause[i] = writer[s, k, count] if late else i - 1 if i > first else -1
+            counts[s, k] = count + 1
+            now = begin + spec[s, SECONDS + k]
+            rest -= spec[s, SECONDS + k]
+            takes = spec[s, TAKES + k]
+            if bytes_held + max(takes, 0.0) > memory[d] or now + rest > 0:
                 return done
+            bytes_held += takes
             done += 1
-            position[d] += 1
-            other = _hand_over(
-                send, spec, target, kinds[i], stages[i], counts, arrived, state, link, d
-            )
-            if other >= 0 and not queued[other]:
-                stack[depth], queued[other] = other, True
-                depth += 1
-            state[d, HELD] += min(spec[stages[i], TAKES + kinds[i]], 0.0)
+            i += 1
+            if k == 2 or (k == 1 and s == 0):
+                continue
+            to, side = _reader(k, s, num_stages)
+            writer[to, side, count], arrived[to, side, count] = i - 1, now
+            other = target[s, k]
+            if other >= 0:
+                now += send
+                link[d, other] = max(now, link[d, other]) + spec[s, BUSY + k]
+                arrived[to, side, count] = link[d, other] + spec[s, LATENCY + k]
+                if wanted[other] == (to * 2 + side) * m + count:
+                    stack[depth], wanted[other] = other, -1
+                    depth += 1
+        position[d], clock[d], held[d], left[d] = i, now, bytes_held, rest
     return done
 
 
 @inlined
-def _begin(
-    spec: Any,
-    k: int,
-    s: int,
-    counts: Any,
-    arrived: Any,
-    row_of: Any,
-    state: Any,
-    cause: Any,
-    last: Any,
-    d: int,
-    i: int,
-) -> bool:
-    """Run row i of device d if what it reads is known, and note why it began when it did."""
-    count = counts[s, k]
-    begin, why = state[d, CLOCK], last[d]
-    if k == 2:
-        if count >= counts[s, 1]:
-            return False
-    else:
-        at = arrived[s, k, count]
-        if at == np.inf or (k == 1 and count >= counts[s, 0]):
-            return False
-        if at > begin:
-            source = s - 1 if k == 0 else s + 1
-            begin, why = (
-                at,
-                row_of[s, 0, count] if source == len(spec) else row_of[source, k, count],
-            )
-        begin += spec[s, RECEIVE + k]
-    cause[i] = why
-    row_of[s, k, count] = i
-    counts[s, k] = count + 1
-    state[d, CLOCK] = begin + spec[s, SECONDS + k]
-    state[d, WORKED] += spec[s, SECONDS + k]
-    state[d, HELD] += max(spec[s, TAKES + k], 0.0)
-    last[d] = i
-    return True
-
-
-@inlined
-def _hand_over(
-    send: float,
-    spec: Any,
-    target: Any,
-    k: int,
-    s: int,
-    counts: Any,
-    arrived: Any,
-    state: Any,
-    link: Any,
-    d: int,
-) -> int:
-    """Say when the result of stage s, kind k, arrives; returns the device it travels to, or -1."""
-    if k == 2 or (k == 1 and s == 0):
-        return -1
-    to, side, end, i = (s + 1 if k == 0 else s - 1), k, state[d, CLOCK], counts[s, k] - 1
-    if to == len(spec):
-        to, side = s, 1
-    other = target[s, k]
-    if other < 0:
-        arrived[to, side, i] = end
-        return -1
-    state[d, CLOCK] = end + send
-    link[d, other] = max(end + send, link[d, other]) + spec[s, BUSY + k]
-    arrived[to, side, i] = link[d, other] + spec[s, LATENCY + k]
-    return other
+def _reader(k: int, s: int, num_stages: int) -> Any:
+    """Which stage reads what kind k of stage s leaves, and as which kind."""
+    if k == 1:
+        return s - 1, 1
+    return (s + 1, 0) if s + 1 < num_stages else (s, 1)
 
 
 @compiled

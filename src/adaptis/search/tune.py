@@ -23,7 +23,7 @@ from adaptis.errors import InfeasibleError, PlanError
 from adaptis.search.anneal import anneal, even_out
 from adaptis.search.baselines import BASELINES
 from adaptis.search.bounds import lower_bounds
-from adaptis.search.convert import fixed_of, plan_of
+from adaptis.search.convert import counted, plan_of
 from adaptis.search.explain import explain
 from adaptis.search.greedy import IMPOSSIBLE, Candidate
 from adaptis.search.instance import make_instance, price
@@ -50,6 +50,10 @@ EVEN_TRIALS = 5_000  # of layers only, without simulation
 HEATS, WARM = ((0.012, 0.001), (0.006, 0.0003)), (0.003, 0.0003)
 PROOF_A_ROW = 4e-5  # seconds that the final proof takes for each computation
 POLISH = (0.001, 0.00002)
+
+
+LARGE = 1 << 13  # stage-micro-batches beyond which writing out every baseline takes seconds
+QUICK = ("gpipe", "1f1b", "interleaved", "interleaved-tuned", "zb-h1", "zb-v", "1f1b-uneven")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +123,12 @@ def search(
     stop: Stop,
     seed: int = 0,
     progress: Callable[[Progress], None] | None = None,
+    *,
+    spare: float = 0.0,
 ) -> SearchResult:
     """The best plan that `stop` leaves time to find; never worse than a baseline that fits.
+
+    `spare` bytes of each device's memory stay free.
 
     Raises:
         InfeasibleError: nothing that was tried fits the devices' memory.
@@ -128,7 +136,7 @@ def search(
     warm_up()
     began = time.perf_counter()
     bounds = lower_bounds(profile, cluster, num_microbatches)
-    instance = make_instance(profile, cluster, num_microbatches)
+    instance = make_instance(profile, cluster, num_microbatches, spare)
     pool = starts(instance)
     best = _Incumbent(None, math.inf, pool[0][1], pool[0][0])
     named = _best_baseline(profile, cluster, instance)
@@ -155,8 +163,16 @@ def search(
                 history.append((time.perf_counter() - began, best.cost))
     if best.fixed is None:
         raise _infeasible(instance, best.candidate)
-    return _result(
+    answer = _result(
         best.fixed, profile, cluster, bounds, evaluated, time.perf_counter() - began, seed, history
+    )
+    pairs = zip(answer.timeline.peak_bytes, answer.memory_bytes, strict=True)
+    over = max(peak - most for peak, most in pairs)
+    if over <= 0:
+        return answer
+    # More received values wait at a time than `instance` keeps room for: leave that room as well.
+    return search(
+        profile, cluster, num_microbatches, stop, seed, progress, spare=spare + max(over, 1.0)
     )
 
 
@@ -253,12 +269,15 @@ def _best_baseline(
 ) -> tuple[Fixed, float] | None:
     """The fastest baseline that exists here and fits."""
     best = None
-    for make in BASELINES.values():
+    large = cluster.num_devices * instance.num_microbatches > LARGE
+    for make in [BASELINES[name] for name in (QUICK if large else BASELINES)]:
         try:
             plan = make(profile, cluster, instance.num_microbatches)
         except PlanError:
             continue
-        fixed = fixed_of(plan.stages, plan.programs)
+        fixed = counted(plan)
+        if fixed is None:
+            continue
         cost = float(retime(instance, fixed, make_trace(len(fixed.kind))))
         if math.isfinite(cost) and (best is None or cost < best[1]):
             best = fixed, cost
