@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE = 1
 export TRANSFORMERS_VERBOSITY = error
 
-.PHONY: help demo test test-slow check format bench clean
+.PHONY: help demo test test-slow check format bench docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make test-slow  the long sweeps"
 	@echo "make check      format, lint, types, and the rules of the tree"
 	@echo "make bench      the benchmarks: a table and dated JSON each"
+	@echo "make docs       what the pages of docs/ show, simulated and drawn anew"
 
 $(VENV)/.installed: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -33,17 +34,20 @@ test-slow: $(VENV)/.installed
 	@$(BIN)/python -m pytest -q -m slow --timeout 1800
 
 check: $(VENV)/.installed
-	@$(BIN)/ruff format --check --diff src tests benchmarks
-	@$(BIN)/ruff check src tests benchmarks
+	@$(BIN)/ruff format --check --diff src tests benchmarks docs
+	@$(BIN)/ruff check src tests benchmarks docs
 	@$(BIN)/pyrefly check --summary=none
 	@$(BIN)/python -m pytest -q tests/test_tree.py
 
 format: $(VENV)/.installed
-	@$(BIN)/ruff format src tests benchmarks
-	@$(BIN)/ruff check --fix src tests benchmarks
+	@$(BIN)/ruff format src tests benchmarks docs
+	@$(BIN)/ruff check --fix src tests benchmarks docs
 
 bench: $(VENV)/.installed
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+docs: $(VENV)/.installed
+	@$(BIN)/python docs/build.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .hypothesis .ruff_cache

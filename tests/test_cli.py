@@ -11,6 +11,7 @@ import pytest
 from adaptis import cli
 
 VERBS = ("demo", "profile", "plan", "compare", "simulate", "check", "train", "report")
+VERBS += ("export", "import")
 FIGURES = {"step_seconds", "lower_bound_seconds", "gap", "bubble_fraction", "peak_bytes"}
 MIB = 1 << 20
 
@@ -127,6 +128,21 @@ def test_the_version_needs_no_verb(run):
         ("train --train.steps", "a value is missing"),
         ("train --train.steps many", "train.steps is 'many'"),
         ("train --plan absent.json", "absent.json"),
+        ("export profile.json", "--to"),
+        ("export absent.json --to torch", "absent.json: no such plan"),
+        ("export absent.json --to nothing", "--to nothing: one of torch, torch-comms, megatron"),
+        ("export a.json --to text -o ./a.json", "a.json: is what is read"),
+        ("import absent.csv --from torch --layers 3", "absent.csv: no such schedule"),
+        ("import absent.yaml --from octopipe", "absent.yaml: no such plan"),
+        ("import absent.json --from slackpipe", "absent.json: no such plan"),
+        ("import . --from octopipe", "cannot be read"),
+        ("import profile.json --from octopipe", "the key 'partition' is missing"),
+        ("import profile.json --from torch --layers 3", "row 1, column 1"),
+        ("import profile.json --from torch", "give --profile or --layers"),
+        ("import profile.json --from torch --layers 0", "--layers 0"),
+        ("import profile.json --from torch --layers 3 --profile profile.json", "leave --layers"),
+        ("import profile.json --from nothing", "--from nothing: one of torch, octopipe"),
+        ("import profile.json --from torch --layers 3 -o profile.json", "is what is read"),
         ("train --train.folder profile.json/x", "cannot be written"),
     ],
 )
@@ -393,3 +409,100 @@ def test_what_needs_torch_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r'this needs torch: pip install "adaptis\[torch\]"'):
         jobs.measure_profile(jobs.ProfileJob("demo-hybrid"), lambda kind, data: None)
+
+
+@pytest.fixture
+def looped(run, tmp_path):
+    """A 1F1B plan of ten layers on two devices, in plan.json."""
+    plan = {"format": "adaptis-plan", "version": 1, "num_microbatches": 2}
+    stages = [{"layers": [0, 5], "device": 0}, {"layers": [5, 10], "device": 1}]
+    programs = [["0F0", "0F1", "0B0", "0B1"], ["1F0", "1B0", "1F1", "1B1"]]
+    plan |= {"stages": stages, "programs": programs}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    return plan
+
+
+@pytest.mark.parametrize(
+    ("target", "part"),
+    [
+        ("torch", "0F0,0F1,0B0,0B1\n1F0,1B0,1F1,1B1\n"),
+        ("torch-comms", "0SEND_F0"),
+        ("megatron", "Et*4|t*4L\n"),
+        ("torchtitan", '"tok_embeddings"'),
+        ("automodel", '"model.embed_tokens"'),
+        ("deepspeed", "[0, 5, 10]\n"),
+        ("octopipe", "partition: [4, 4]"),
+        ("text", "device 1 |"),
+    ],
+)
+def test_export_writes_each_form_and_says_what_to_do_with_it(run, looped, tmp_path, target, part):
+    words = ("export", "plan.json", "--to", target, "--profile", "profile.json")
+    code, printed, err = run(*words)
+    assert code == 0, err
+    assert part in printed
+    again = shlex.split(err.splitlines()[-1].removeprefix("next: "))[1:]
+    code, out, err = run(*again)
+    assert code == 0, err
+    assert (tmp_path / again[-1]).read_text() == printed.replace(
+        "schedule.csv", f"plan-{target}.csv"
+    )
+    assert again[-1] in out
+    assert err.splitlines()[-1].startswith("next: ")
+    code, out, _ = run(*words, "--json")
+    assert json.loads(out) == {"to": target, "output": None, "text": printed}
+
+
+def test_export_refuses_what_it_cannot_say(run, looped, tmp_path):
+    assert "give --profile PROFILE" in refused(run("export", "plan.json", "--to", "megatron"))
+    (tmp_path / "other.json").write_text(json.dumps(model(layers=[layer(i) for i in range(7)])))
+    words = ("export", "plan.json", "--to", "torch", "--profile", "other.json")
+    assert "10 layers" in refused(run(*words))
+    looped["stages"][0]["recompute"] = True
+    (tmp_path / "again.json").write_text(json.dumps(looped))
+    assert "no word for the recomputation" in refused(run("export", "again.json", "--to", "torch"))
+    looped["programs"][0].pop()
+    (tmp_path / "less.json").write_text(json.dumps(looped))
+    assert "missing" in refused(run("export", "less.json", "--to", "text"), status=1)
+
+
+@pytest.mark.parametrize("source", ["torch", "octopipe"])
+def test_what_is_exported_is_imported_again(run, looped, tmp_path, source):
+    words = ("export", "plan.json", "--to", source, "--profile", "profile.json", "-o", "file")
+    assert run(*words)[0] == 0
+    code, out, err = run("import", "file", "--from", source, "--profile", "profile.json")
+    assert code == 0, err
+    assert "file: proven. 10 layers in 2 stages on 2 devices, 2 micro-batches." in out
+    code, _, err = run(*shlex.split(err.splitlines()[-1].removeprefix("next: "))[1:-1], "b.json")
+    assert code == 0, err
+    again = json.loads((tmp_path / "b.json").read_text())
+    assert again["programs"] == looped["programs"]
+    assert [stage["layers"] for stage in again["stages"]] == [[0, 5], [5, 10]]
+    assert run(*shlex.split(err.splitlines()[-1].removeprefix("next: "))[1:])[0] == 0
+
+
+def test_import_needs_no_profile_and_checks_the_number_of_layers(run, tmp_path):
+    (tmp_path / "s.csv").write_text("0F0,0B0\n1F0,1B0\n")
+    words = ("import", "s.csv", "--from", "torch", "--layers", 5)
+    code, out, err = run(*words, "--json")
+    facts = {"num_devices": 2, "num_stages": 2, "num_layers": 5, "num_microbatches": 1}
+    assert json.loads(out) == facts | {"output": None}
+    code, _, err = run(*words, "-o", "p.json")
+    assert (code, err.splitlines()[-1]) == (0, "next: adaptis check p.json")
+    operations = [[{"kind": k, "stage": 0, "microbatch": 0} for k in "FB"]]
+    names = ("num_microbatches", "num_stages", "num_workers")
+    value = dict.fromkeys(names, 1) | {"num_layers": 4, "layer_split": [4]}
+    value |= {"stage_to_worker": [0], "operations": operations}
+    (tmp_path / "s.json").write_text(json.dumps(value))
+    assert run("import", "s.json", "--from", "slackpipe", "--layers", 4)[0] == 0
+    words = ("import", "s.json", "--from", "slackpipe", "--layers", 5)
+    assert "cuts 4 layers, but --layers says 5" in refused(run(*words))
+    (tmp_path / "s.csv").write_text("0F0,0B0,0F1,0B1\n1F1,1B1,1F0,1B0\n")
+    words = ("import", "s.csv", "--from", "torch", "--layers", 5)
+    assert "wait for each other" in refused(run(*words), status=1)
+
+
+def test_check_with_a_profile_proves_the_memory_too(run, planned):
+    words = ("check", "plan.json", "--profile", "profile.json")
+    code, out, _ = run(*words, "--json")
+    assert (code, json.loads(out)["memory_proven"]) == (0, True)
+    assert "GiB" in refused(run(*words, "--memory-gib", "0.001"), status=1)

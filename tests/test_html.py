@@ -5,6 +5,7 @@ Everything goes through the events that a person's pointer and keys cause.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import html as markup
 import json
@@ -138,12 +139,57 @@ def test_pointing_at_an_instruction_tells_what_it_is_and_what_it_waited_for(tmp_
         "layers 0 to 3",
         "45.0 ms to 65.0 ms, 20.00 ms long",
         "Idle for 25.00 ms after 0F1",
-        "22.00 ms until 1B0 on device 1 was done",
-        "3.000 ms until its result came over from device 1",
+        "22.00 ms (imbalance) until 1B0 on device 1 was done",
+        "3.000 ms (transfer) until its result came over from device 1",
     ]
     assert idle == ["Idle before 0B0, device 0", *waited[3:]]
     assert after == ["Optimizer, device 1", "35.00 ms"]
     assert outside is None
+
+
+def test_a_pair_tells_how_a_prediction_and_its_measurement_differ(tmp_path):
+    slower = two_devices(name="two", unit=1.1e-3, source="measured")
+    predicted, first, measured = ask(
+        html.render([two_devices(), slower]),
+        tmp_path,
+        ["point", 0, 0, 0.050],
+        ["point", 0, 1, 0.015],
+        ["point", 1, 0, 0.005],
+    )
+    assert "measured: 22.00 ms long (+10.0 %), began 4.500 ms later" in predicted
+    assert "Idle for 12.00 ms at the start of the step (warm-up)" in first
+    assert "10.00 ms until 0F0 on device 0 was done" in first
+    assert "simulated: 10.00 ms long (−9.1 %), began at the same time" in measured
+
+
+def test_a_sharded_head_waits_for_all_its_devices(tmp_path):
+    rows = [
+        [(Compute(Op.FORWARD, 0, 0), 0, 1), (Compute(Op.SCORES, 2, 0), 2, 3)],
+        [(Compute(Op.FORWARD, 1, 0), 1, 2), (Compute(Op.SCORES, 2, 0), 2, 5)],
+    ]
+    for row in rows:
+        row.append((Compute(Op.SCORES_GRADIENT, 2, 0), 6, 7))
+    timeline = from_rows(
+        rows, name="head", source="simulated", placement=(0, 1), num_microbatches=1, step=7.0
+    )
+    timeline = dataclasses.replace(timeline, reductions=2)
+    (gradient,) = ask(html.render([timeline]), tmp_path, ["point", 0, 0, 6.5])
+    assert gradient == [
+        "2T0: head gradient, micro-batch 0, device 0",
+        "6.00 s to 7.00 s, 1.000 s long",
+        "Idle for 3.000 s after 2S0",
+        "2.000 s (imbalance) until 2S0 on device 1 was done",
+        "1.000 s (transfer) until its result came over from device 1",
+    ]
+
+
+def test_what_memory_held_back_is_called_so(tmp_path):
+    data = html.pack([two_devices()])
+    assert data["timelines"][0]["devices"][0]["held"] == []
+    held = {"held": [[2, 20_000_000]]}  # of ticks of a nanosecond
+    text = page().replace('"held":[]', json.dumps(held)[1:-1], 1)
+    (waited,) = ask(text, tmp_path, ["point", 0, 0, 0.050])
+    assert "22.00 ms (20.00 ms memory, 2.000 ms imbalance) until 1B0 on device 1 was done" in waited
 
 
 def test_wheel_drag_keys_and_double_click_move_the_view(tmp_path):

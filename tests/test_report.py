@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import re
 import xml.etree.ElementTree as ET
@@ -13,14 +14,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image, ImageColor
 
-from adaptis.program import Compute, Kind, Op, parse_compute
-from adaptis.report import chrome, html, palette, svg, text
+from adaptis.files import write_json
+from adaptis.jobs import draw_report
+from adaptis.notation import parse_compute
+from adaptis.program import OPS, Compute, Kind, Op
+from adaptis.report import chrome, html, palette, png, svg, text
 from adaptis.report.pack import pack
 from adaptis.report.raster import shares
-from adaptis.timeline import OPS, Timeline, Transfer, from_rows
+from adaptis.report.scene import Boxes, Text, _width, make_scene
+from adaptis.timeline import CAUSES, Timeline, Transfer, from_rows, timeline_to_json
 
-F, B, B_INPUT, B_WEIGHT, R = OPS
+F, B, B_INPUT, B_WEIGHT, R, S, T = OPS
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = "</script><script>alert(1)</script><!--<img src=x onerror=alert(2)>\"'&"
 
@@ -240,6 +246,95 @@ def test_svg_escapes_names():
     assert not list(root.iter(SVG + "img"))
 
 
+# PNG
+
+
+def sharded_head() -> Timeline:
+    """A forward, the head on both devices, a backward; device 1 ends its pass later."""
+    timeline = grid(
+        "0,0F0,1 1,0F1,1 4,2S0,1 6,2T0,1 12,0B0,1",
+        "2,1F0,1 4,2S0,2 6,2T0,3 10,1B0,1",
+        placement=(0, 1),
+        unit=1e-3,
+    )
+    return dataclasses.replace(timeline, reductions=2)
+
+
+def pixels(picture: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(picture))
+    assert image.format == "PNG"
+    return image.convert("RGB")
+
+
+def test_the_png_is_the_scene_of_the_svg_at_twice_the_size():
+    scene = make_scene([one_f_one_b()])
+    image = pixels(png.render([one_f_one_b()]))
+    assert image.size == (2 * scene.width, 2 * scene.height)
+    seen = 0
+    for shape in scene.shapes:
+        if isinstance(shape, Boxes) and shape.fill in palette.COLOURS.values() and not shape.radius:
+            for x, y, width, _ in shape.boxes:
+                middle = (round(2 * (x + width / 4)), round(2 * y + 8))
+                assert image.getpixel(middle) == ImageColor.getrgb(shape.fill)
+                seen += 1
+    assert seen == 8 + 8 + 8
+
+
+def test_the_text_of_a_png_has_the_room_that_the_scene_gave_it():
+    scene = make_scene([with_memory(one_f_one_b(unit=1e-3)), sharded_head()], "Title µ − ×")
+    for shape in scene.shapes:
+        if isinstance(shape, Text):
+            width = png._font(shape.size).getlength(png._spelled(shape.text)) / png.SCALE
+            assert width <= _width(shape.text, shape.size) + 1, shape.text
+
+
+def test_a_png_spells_what_its_font_lacks():
+    assert png._spelled("12 µs − é × 中 · …") == "12 us - e x ? · …"
+
+
+@pytest.mark.parametrize("timelines", [[], [grid("", "")], [halves(64, 300)]])
+def test_a_png_of_nothing_and_of_much_is_a_picture(timelines):
+    assert pixels(png.render(timelines, "x" * 300)).width == 1920
+
+
+def test_every_renderer_draws_a_sharded_head():
+    timeline = sharded_head()
+    assert "head scores" in text.draw(timeline)
+    words = [e.text for e in ET.fromstring(svg.render([timeline])).iter(SVG + "text")]
+    assert words.count("S0") == words.count("T0") == 2
+    colours = {colour for _, colour in pixels(png.render([timeline])).getcolors(1 << 20) or []}
+    assert {ImageColor.getrgb(palette.COLOURS[op]) for op in (S, T)} <= colours
+    assert "head scores (S)" in html.render([timeline])
+    assert [e["name"] for e in events_of([timeline]) if e["ph"] == "X"].count("2S0") == 2
+
+
+def test_a_long_legend_goes_on_below():
+    timeline = dataclasses.replace(sharded_head(), placement=(0, 0), step=1.0)
+    scene = make_scene([timeline, halves(2, 2)])
+    assert all(
+        s.x + _width(s.text, s.size) <= scene.width
+        for s in scene.shapes
+        if isinstance(s, Text) and s.anchor == "start"
+    )
+    line = {s.text: s.y for s in scene.shapes if isinstance(s, Text)}
+    assert line["shades: the stages of a device"] == line["forward (F)"] + 20
+
+
+def test_every_cause_of_idle_time_has_a_colour_and_a_column():
+    assert tuple(palette.CAUSE_COLOURS) == CAUSES
+    page = html.render([one_f_one_b()])
+    for cause in CAUSES:
+        assert f'<th scope="col">{cause}</th>' in page
+        assert f".time-{cause}{{" in page
+
+
+def test_a_name_that_ends_in_png_gets_a_png(tmp_path):
+    file, picture = tmp_path / "timeline.json", tmp_path / "timeline.png"
+    write_json(file, timeline_to_json(one_f_one_b()))
+    draw_report([file], picture, "Title")
+    assert picture.read_bytes() == png.render([one_f_one_b()], "Title")
+
+
 # Trace events
 
 
@@ -313,6 +408,18 @@ def test_a_trace_ties_transfers_to_what_wrote_and_reads_them():
     ]
 
 
+def test_a_trace_ties_the_sharded_head_to_the_devices_it_goes_between():
+    transfers = (
+        Transfer(Kind.OUTPUT, 1, 0, 1, 0, 3e-3, 4e-3),
+        Transfer(Kind.INPUT_GRAD, 2, 0, 0, 1, 7e-3, 10e-3),
+        Transfer(Kind.SAVED, 1, 0, 1, 1, 5e-3, 6e-3),
+    )
+    events = events_of([dataclasses.replace(sharded_head(), transfers=transfers)])
+    flows = [(e["ph"], e["pid"], e["ts"]) for e in events if e["ph"] in "sf"]
+    assert flows == [("s", 1, 2999.999), ("f", 0, 4000), ("s", 0, 6999.999), ("f", 1, 10000)]
+    assert "1send saved0" in {e["name"] for e in events}
+
+
 def test_a_trace_counts_memory():
     counters = [e for e in events_of([with_memory(one_f_one_b())]) if e["ph"] == "C"]
     assert [e["args"]["bytes"] for e in counters if e["pid"] == 0] == [1 << 30, 3 << 30]
@@ -376,18 +483,26 @@ def test_the_data_of_the_report_is_the_timeline(spans, unit):
 
 def test_the_report_knows_what_instructions_read_from_program_alone():
     code = {op: OPS.index(op) for op in OPS}
-    table = pack([])["reads"]
-    assert table[code[F]] == [[(code[F], -1)]]
-    assert (
-        table[code[B]]
-        == table[code[B_INPUT]]
-        == [
-            [(code[F], 0), (code[R], 0)],
-            [(code[B], 1), (code[B_INPUT], 1)],
-        ]
-    )
-    assert table[code[B_WEIGHT]] == [[(code[B_INPUT], 0)]]
-    assert table[code[R]] == [[(code[F], 0)]]
+    table = pack([one_f_one_b()])["timelines"][0]["reads"]
+    assert table[code[F]] == [(code[F], -1)]
+    after = [(code[F], 0), (code[B], 1), (code[B_INPUT], 1), (code[R], 0)]
+    assert table[code[B]] == table[code[B_INPUT]] == after
+    assert table[code[B_WEIGHT]] == [(code[B_INPUT], 0)]
+    assert table[code[R]] == [(code[F], 0)]
+    assert table[code[S]] == table[code[T]] == []
+
+
+@pytest.mark.parametrize(("reductions", "before_backward"), [(1, S), (2, T)])
+def test_the_report_knows_what_the_collectives_of_a_sharded_head_wait_for(
+    reductions, before_backward
+):
+    code = {op: OPS.index(op) for op in OPS}
+    timeline = dataclasses.replace(one_f_one_b(), reductions=reductions)
+    table = pack([timeline])["timelines"][0]["reads"]
+    assert table[code[S]] == [(code[F], -1)]
+    assert table[code[T]] == [(code[S], 0)]
+    assert (code[before_backward], 1) in table[code[B]]
+    assert len([1 for op, _ in table[code[B]] if op in (code[S], code[T])]) == 1
 
 
 def test_long_memory_curves_keep_their_peak():
@@ -441,11 +556,19 @@ def test_pairs_share_a_section_with_the_error_in_its_heading():
     assert html.sections([measured, other, simulated]) == [[2, 0], [1]]
     page = html.render([measured, other, simulated])
     assert "error −20.0 %" in page
+    assert [t["pair"] for t in data_of(page)["timelines"]] == ["1f1b", None, "1f1b"]
     assert (
         page.index('data-timeline="2"')
         < page.index('data-timeline="0"')
         < page.index('data-timeline="1"')
     )
+
+
+def test_a_prediction_and_a_measurement_of_one_name_are_a_pair():
+    simulated, measured = one_f_one_b(), one_f_one_b(source="measured")
+    assert html.sections([measured, simulated]) == [[1, 0]]
+    assert html.sections([simulated, simulated]) == [[0], [1]]
+    assert html.sections([simulated, measured, measured]) == [[0], [1], [2]]
 
 
 def test_the_tables_stand_without_the_script():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import shlex
 import sys
 import time
 import traceback
@@ -18,7 +17,23 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from adaptis import cli_exchange
 from adaptis.errors import Error, InputError
+from adaptis.options import (
+    ClusterFile,
+    Devices,
+    Json,
+    Memory,
+    Microbatches,
+    PlanFile,
+    ProfileFile,
+    Seconds,
+    Seed,
+    ShardHead,
+    emit,
+    flags,
+    next_command,
+)
 
 app = typer.Typer(
     name="adaptis",
@@ -29,21 +44,6 @@ app = typer.Typer(
 )
 # What the option parser raises: click's own, or (typer 0.26 and later) that of the copy in typer.
 _Usage = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
-
-Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
-ProfileFile = Annotated[Path, typer.Argument(metavar="PROFILE", help="A profile file.")]
-PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")]
-Devices = Annotated[int | None, typer.Option(help="How many devices; default: the profile's hint.")]
-Microbatches = Annotated[
-    int | None, typer.Option(help="Micro-batches per step; default: the profile's hint.")
-]
-ClusterFile = Annotated[
-    Path | None, typer.Option("--cluster", help="A cluster file: devices and links.")
-]
-Memory = Annotated[float | None, typer.Option("--memory-gib", help="Memory of each device, GiB.")]
-Seconds = Annotated[float, typer.Option(help="How long to search.")]
-Seed = Annotated[int, typer.Option(help="Of the search.")]
-ShardHead = Annotated[str, typer.Option(help="Shard the vocabulary head: auto, never or always.")]
 
 
 def _print_version(asked: bool) -> None:
@@ -67,30 +67,6 @@ def _options(
     ] = False,
 ) -> None:
     pass  # `main` looks for --debug, anywhere in the line
-
-
-def _emit(value: dict[str, Any], as_json: bool) -> bool:
-    """Print `value` if JSON was asked for; whether it was."""
-    if as_json:
-        sys.stdout.write(json.dumps(value, indent=1) + "\n")
-    return as_json
-
-
-def _next(*words: object) -> None:
-    """What to do next, as a command that can be pasted."""
-    from adaptis.console import warn
-
-    warn(f"next: {_command(*words)}")
-
-
-def _command(*words: object) -> str:
-    return " ".join(["adaptis", *(shlex.quote(str(word)) for word in words)])
-
-
-def _flags(**values: object) -> list[object]:
-    """The options that were given, as words of a command."""
-    pairs = ((f"--{name.replace('_', '-')}", value) for name, value in values.items())
-    return [word for name, value in pairs if value is not None for word in (name, value)]
 
 
 @app.command()
@@ -130,13 +106,13 @@ def demo(
             line(main_job.verdict(outcomes[-1]))
     summary = main_job.write_outputs(outcomes, folder)
     first = folder / outcomes[0].preset
-    if not _emit(summary | {"folder": str(folder)}, as_json):
+    if not emit(summary | {"folder": str(folder)}, as_json):
         error = summary["mean_absolute_prediction_error"]
         line(f"\nPredictions are off by {error:.1%} on the average. All results: {folder}")
         for outcome in outcomes:
             line(f"  {folder}/{outcome.preset}/report.html   open it: predicted beside measured")
         line("  beside each: before-and-after.svg, trace.json (ui.perfetto.dev), plans, timelines")
-    _next("compare", first / "profile.json", "--devices", 4)
+    next_command("compare", first / "profile.json", "--devices", 4)
 
 
 @app.command()
@@ -186,9 +162,9 @@ def profile(
     if cluster is not None and devices > 1:
         beside = output.with_name(f"{output.stem}.cluster.json")
         write_json(beside, cluster_to_json(cluster))
-    if not _emit(value, as_json):
+    if not emit(value, as_json):
         show_profile(found)
-    _next("plan", output, *_flags(cluster=beside), "-o", "plan.json")
+    next_command("plan", output, *flags(cluster=beside), "-o", "plan.json")
 
 
 @app.command()
@@ -236,17 +212,17 @@ def plan(
         "search_seconds": answer.seconds,
         "evaluated": answer.evaluated,
     }
-    if not _emit(result, as_json):
+    if not emit(result, as_json):
         line(f"{found.model} on {cluster.describe()}, {count} micro-batches")
         for text in answer.explain():
             line(text)
         draw_timeline(answer.timeline)
-    machine = _flags(cluster=cluster_file, memory_gib=memory_gib)
+    machine = flags(cluster=cluster_file, memory_gib=memory_gib)
     if output is not None:
-        _next("simulate", file, output, *machine)
+        next_command("simulate", file, output, *machine)
     else:
-        given = _flags(devices=devices, microbatches=microbatches)
-        _next("plan", file, *given, *machine, "-o", "plan.json")
+        given = flags(devices=devices, microbatches=microbatches)
+        next_command("plan", file, *given, *machine, "-o", "plan.json")
 
 
 @app.command()
@@ -277,12 +253,12 @@ def compare(
         result = compare_all(
             found, cluster, count, search_seconds=seconds, seed=seed, say=reporter.say
         )
-    if not _emit(result, as_json):
+    if not emit(result, as_json):
         show_comparison(result, f"{found.model} on {cluster.describe()}, {count} micro-batches")
-    given = _flags(
+    given = flags(
         devices=devices, microbatches=microbatches, cluster=cluster_file, memory_gib=memory_gib
     )
-    _next("plan", file, *given, "-o", "plan.json")
+    next_command("plan", file, *given, "-o", "plan.json")
 
 
 @app.command()
@@ -311,21 +287,29 @@ def simulate(
     answer, result, lacking = simulation(loaded, found, cluster)
     if timeline is not None:
         write_json(timeline, timeline_to_json(answer))
-    if not _emit(result, as_json):
+    if not emit(result, as_json):
         count, bound = loaded.num_microbatches, result["lower_bound_seconds"]
         show_timeline(answer, count, cluster.describe(), bound)
     if lacking:  # the result above already holds the "no"
         warn(f"adaptis: {lacking}")
         raise typer.Exit(lacking.exit_status)
     if timeline is not None:
-        _next("report", timeline, "-o", "report.html")
+        next_command("report", timeline, "-o", "report.html")
     else:
-        given = _flags(cluster=cluster_file, memory_gib=memory_gib)
-        _next("simulate", file, plan_file, *given, "-o", "timeline.json")
+        given = flags(cluster=cluster_file, memory_gib=memory_gib)
+        next_command("simulate", file, plan_file, *given, "-o", "timeline.json")
 
 
 @app.command()
-def check(plan_file: PlanFile, as_json: Json = False) -> None:
+def check(
+    plan_file: PlanFile,
+    profile_file: Annotated[
+        Path | None, typer.Option("--profile", help="A profile file: prove the memory as well.")
+    ] = None,
+    cluster_file: ClusterFile = None,
+    memory_gib: Memory = None,
+    as_json: Json = False,
+) -> None:
     """Prove a plan, or say exactly what is wrong.
 
     Example: adaptis check plan.json
@@ -334,6 +318,7 @@ def check(plan_file: PlanFile, as_json: Json = False) -> None:
     from adaptis.check import check as prove
     from adaptis.console import line
     from adaptis.errors import DeadlockError
+    from adaptis.jobs import fits_memory
     from adaptis.lower import lower
     from adaptis.measure.zoo import preset_names
     from adaptis.plan import load_plan
@@ -346,24 +331,27 @@ def check(plan_file: PlanFile, as_json: Json = False) -> None:
         prove(program, Semantics.RENDEZVOUS)
     except DeadlockError:
         blocking = False
+    if profile_file is not None:
+        fits_memory(profile_file, plan_file, cluster_file, memory_gib)
     result = {
         "ok": True,
+        "memory_proven": profile_file is not None,
         "num_instructions": proof.num_instructions,
         "num_transfers": proof.num_transfers,
         "runs_with_blocking_transfers": blocking,
     }
-    if not _emit(result, as_json):
+    if not emit(result, as_json):
         line(
             f"{plan_file}: proven. {proof.num_instructions} instructions, {proof.num_transfers} "
             f"transfers: each computation once, each value written before it is read, sends and "
-            f"receives in order, no deadlock."
+            f"receives in order, no deadlock{', memory suffices' * (profile_file is not None)}."
         )
     if loaded.model in preset_names():
         sizes = {"devices": loaded.num_devices, "microbatches": loaded.num_microbatches}
         words = [word for name, n in sizes.items() for word in (f"--train.{name}", n)]
-        _next("train", "--plan", plan_file, "--model.preset", loaded.model, *words)
+        next_command("train", "--plan", plan_file, "--model.preset", loaded.model, *words)
     else:
-        _next("train", "--help")
+        next_command("train", "--help")
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -405,13 +393,13 @@ def train(
         result = train_config(loaded, reporter.say)
     if result is None:
         return  # another rank than 0
-    if not _emit(result, as_json):
+    if not emit(result, as_json):
         show_training(result)
     if result["losses"]:
-        _next("report", Path(loaded.train.folder, "timeline.json"), "-o", "report.html")
+        next_command("report", Path(loaded.train.folder, "timeline.json"), "-o", "report.html")
     else:
         more = ["--resume", "--train.steps", 2 * loaded.train.steps]
-        _next("train", *(words or []), *_flags(plan=plan_file), *more)
+        next_command("train", *(words or []), *flags(plan=plan_file), *more)
 
 
 @app.command()
@@ -431,9 +419,13 @@ def report(
     from adaptis.jobs import draw_report
 
     drawn = draw_report(timelines, output, title)
-    _emit({"output": str(output), "timelines": [row.summary() for row in drawn]}, as_json)
+    emit({"output": str(output), "timelines": [row.summary() for row in drawn]}, as_json)
     hints = {".json": "in ui.perfetto.dev or chrome://tracing", ".txt": "in a terminal or editor"}
     warn(f"next: open {output} {hints.get(output.suffix, 'in a browser')}")
+
+
+app.command("export")(cli_exchange.export)
+app.command("import")(cli_exchange.import_plan)
 
 
 def main() -> None:

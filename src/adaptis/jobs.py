@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from adaptis.check import check
 from adaptis.errors import InputError, PlanError
-from adaptis.files import write_json, write_text
+from adaptis.files import write_bytes, write_json
 from adaptis.lower import lower
 from adaptis.plan import load_plan
 
@@ -115,6 +115,23 @@ def simulated_setting(
             f"{cluster.num_devices}; give a cluster file for {plan.num_devices}"
         )
     return plan, found, cluster
+
+
+def fits_memory(
+    file: Path, plan_file: Path, cluster_file: Path | None, memory_gib: float | None
+) -> None:
+    """Prove that the devices' memory suffices for a plan.
+
+    Raises:
+        InfeasibleError: it does not; which device misses how much.
+    """
+    from adaptis.comparison import excess
+    from adaptis.simulate import simulate_plan
+
+    plan, found, cluster = simulated_setting(file, plan_file, cluster_file, memory_gib)
+    lacking = excess(simulate_plan(plan, found, cluster), cluster)
+    if lacking:
+        raise lacking
 
 
 def above_zero(name: str, value: float) -> None:
@@ -377,12 +394,13 @@ def draw_report(paths: Sequence[Path], output: Path, title: str) -> list[Timelin
     Raises:
         InputError: an unknown ending, or no timelines.
     """
-    from adaptis.report import chrome, html, svg, text
+    from adaptis.report import chrome, html, png, svg, text
     from adaptis.timeline import load_timeline
 
-    renderers = {
+    renderers: dict[str, Callable[[list[Timeline]], str | bytes]] = {
         ".html": lambda rows: html.render(rows, title),
         ".svg": lambda rows: svg.render(rows, title),
+        ".png": lambda rows: png.render(rows, title),
         ".json": chrome.render,
         ".txt": lambda rows: "\n".join(text.draw(row) for row in rows) + "\n",
     }
@@ -391,5 +409,6 @@ def draw_report(paths: Sequence[Path], output: Path, title: str) -> list[Timelin
     if output in paths:
         raise InputError(f"-o {output}: is one of the timelines; give another name")
     timelines = [load_timeline(path) for path in paths]
-    write_text(output, renderers[output.suffix](timelines))
+    drawn = renderers[output.suffix](timelines)
+    write_bytes(output, drawn if isinstance(drawn, bytes) else drawn.encode())
     return timelines

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from adaptis.program import Compute, Kind, Op
+from adaptis.program import BACKWARDS, Compute, Kind, Op
 from adaptis.report import palette
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ LANE = 10  # a second lane of sends is thread 11, of receives thread 12
 THREADS = {COMPUTE: "compute", SEND: "send", RECEIVE: "receive"}
 
 Event = dict[str, Any]
-Spans = dict[Compute, "Span"]
+Spans = dict[tuple[int, Compute], "Span"]  # all devices have the same passes of a sharded head
 
 
 def render(timelines: Iterable[Timeline]) -> str:
@@ -33,7 +33,7 @@ def render(timelines: Iterable[Timeline]) -> str:
     events: list[Event] = []
     first = flow = 0
     for timeline in timelines:
-        spans = {s.compute: s for d in range(timeline.num_devices) for s in timeline.spans(d)}
+        spans = {(d, s.compute): s for d in range(timeline.num_devices) for s in timeline.spans(d)}
         sent, received = _by_device(timeline)
         for device in range(timeline.num_devices):
             body = [*_computes(timeline, device, first), *_memory(timeline, device, first)]
@@ -132,14 +132,19 @@ def _transfers(transfers: list[Transfer], thread: int, process: int) -> Iterator
 
 def _flow(transfer: Transfer, spans: Spans, number: int, first: int) -> Iterator[Event]:
     """An arrow between the computations that write and read the value, where both are there."""
-    stage, microbatch = transfer.stage, transfer.microbatch
     if transfer.kind is Kind.OUTPUT:
-        writers, readers, reader = (Op.FORWARD,), (Op.FORWARD,), stage + 1
+        writers, readers, reader = (Op.FORWARD,), (Op.FORWARD, Op.SCORES), transfer.stage + 1
+    elif transfer.kind is Kind.INPUT_GRAD:
+        writers, readers, reader = (*BACKWARDS, Op.SCORES_GRADIENT), BACKWARDS, transfer.stage - 1
     else:
-        writers = readers = (Op.BACKWARD, Op.BACKWARD_INPUT)
-        reader = stage - 1
-    source = next((s for op in writers if (s := spans.get(Compute(op, stage, microbatch)))), None)
-    target = next((s for op in readers if (s := spans.get(Compute(op, reader, microbatch)))), None)
+        return
+
+    def span(device: int, ops: tuple[Op, ...], stage: int) -> Span | None:
+        found = (spans.get((device, Compute(op, stage, transfer.microbatch))) for op in ops)
+        return next(filter(None, found), None)
+
+    source = span(transfer.source, writers, transfer.stage)
+    target = span(transfer.target, readers, reader)
     if source is None or target is None:
         return
     base = {"name": "transfer", "cat": "transfer", "id": number, "tid": COMPUTE}

@@ -27,23 +27,34 @@ function at(chart, x, y) {
   return found && { ...found, device };
 }
 
-function outline(chart, found) {
-  if (found.row === undefined) return;
-  const context = chart.front.getContext("2d"), t = chart.timeline;
+// Frames an instruction; returns where it begins and ends, and the middle of its row.
+function frame(chart, context, device, i) {
+  const d = chart.timeline.devices[device];
+  const x = toX(chart, d.start[i]), end = toX(chart, d.end[i]), y = AXIS + device * chart.pitch;
+  context.strokeRect(x, y, Math.max(end - x, 1), chart.row);
+  return [x, end, y + chart.row / 2];
+}
+
+function over(chart, paint) {
+  const context = chart.front.getContext("2d");
   context.save();
   context.beginPath();
   context.rect(GUTTER - 2, 0, chart.plot + 4, chart.height);
   context.clip();
   context.strokeStyle = context.fillStyle = theme.text;
   context.lineWidth = 2;
-  const box = (device, i) => {
-    const d = t.devices[device], x = toX(chart, d.start[i]), y = AXIS + device * chart.pitch;
-    context.strokeRect(x, y, Math.max(toX(chart, d.end[i]) - x, 1), chart.row);
-    return [x, toX(chart, d.end[i]), y + chart.row / 2];
-  };
-  const mine = box(found.device, found.row), source = dependency(t, found.device, found.row);
-  if (source) {
-    const theirs = box(source[0], source[1]);
+  paint(context);
+  context.restore();
+}
+
+// Frames what is pointed at, what it waited for, and itself in the other timeline of a pair.
+function outline(chart, found) {
+  if (found.row === undefined) return;
+  over(chart, (context) => {
+    const mine = frame(chart, context, found.device, found.row);
+    const source = dependency(chart.timeline, found.device, found.row);
+    if (!source) return;
+    const theirs = frame(chart, context, ...source);
     context.lineWidth = 1.5;
     context.beginPath();
     context.moveTo(theirs[1], theirs[2]);
@@ -52,8 +63,10 @@ function outline(chart, found) {
     context.beginPath();
     context.arc(mine[0], mine[2], 3.5, 0, 7);
     context.fill();
-  }
-  context.restore();
+  });
+  const same = twin(chart.timeline, found.device, found.row);
+  const other = same && charts.find((c) => c.timeline === same.timeline);
+  if (other) over(other, (context) => frame(other, context, found.device, same.row));
 }
 
 function showTip(found) {
@@ -139,17 +152,31 @@ function listen(chart) {
 const charts = [...document.querySelectorAll(".chart")].map((box) => {
   const timeline = timelines[Number(box.dataset.timeline)];
   const [back, front] = box.querySelectorAll("canvas");
-  const chart = { box, timeline, back, front };
+  const chart = { box, timeline, back, front, near: true };
   chart.base = data.colours.map(pixel);
   chart.fills = timeline.fills.map((row) => row.map(pixel));
   listen(chart);
   return chart;
 });
 
-function restart() { readTheme(); charts.forEach(layout); draw(); }
+// Charts far out of the window are painted when they come near, or on paper.
+const watcher = new IntersectionObserver((changes) => {
+  for (const change of changes) {
+    charts.find((chart) => chart.box === change.target).near = change.isIntersecting;
+  }
+  redraw();
+}, { rootMargin: "200px" });
+
+function paintAll() {
+  for (const chart of charts) paint(chart);
+}
+
+function restart() { readTheme(); charts.forEach(layout); paintAll(); hover(); }
+window.addEventListener("beforeprint", paintAll);
 window.addEventListener("resize", restart);
 dark.addEventListener("change", restart);
 restart();
+for (const chart of charts) watcher.observe(chart.box);
 const loaded = performance.now() - began;
 
 // --- for tests -----------------------------------------------------------------------------------
@@ -210,7 +237,7 @@ window.adaptis = {
   },
   pixel: (number, x, y) => {
     const chart = chartOf(number), context = chart.back.getContext("2d");
-    draw();
+    paint(chart);
     const [column, line] = [x, y].map((at) => Math.round(at * chart.ratio));
     return [...context.getImageData(column, line, 1, 1).data];
   },

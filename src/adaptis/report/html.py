@@ -16,12 +16,14 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from adaptis.report import palette
-from adaptis.report.pack import pack
-from adaptis.timeline import CAUSES, Timeline
+from adaptis.report.pack import pack, pairs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from adaptis.timeline import Timeline
+
+_TIMES = {"busy": palette.BUSY, **palette.CAUSE_COLOURS}  # what a device's time goes to
 OPEN_ROWS = 16  # up to this many devices, the table of devices is shown unfolded
 
 
@@ -30,8 +32,8 @@ def render(
 ) -> str:
     """The report as one page.
 
-    Timelines whose notes have the same "pair" share a section, the simulated above the measured,
-    with the error of the prediction in the heading; every other timeline is a section of its own.
+    A pair (see `pack.pairs`) shares a section, the simulated above the measured, with the error of
+    the prediction in the heading; every other timeline is a section of its own.
 
     Args:
         timelines: all are drawn on one time axis; the summary compares each with the first.
@@ -74,8 +76,7 @@ def render(
 def sections(timelines: list[Timeline]) -> list[list[int]]:
     """Which timelines share a section, by their numbers, in the order of first appearance."""
     groups: dict[str, list[int]] = {}
-    for index, timeline in enumerate(timelines):
-        pair = timeline.notes.get("pair")
+    for index, pair in enumerate(pairs(timelines)):
         key = f"#{index}" if pair is None else f"pair {pair}"
         groups.setdefault(key, []).append(index)
     return [
@@ -93,7 +94,7 @@ def _hash(text: str) -> str:
 
 def _style() -> str:
     colours = {f"op-{op}": colour for op, colour in palette.COLOURS.items()}
-    colours |= palette.CAUSE_COLOURS | {"busy": palette.BUSY}
+    colours |= {f"time-{cause}": colour for cause, colour in _TIMES.items()}
     return "".join(f".{name}{{background:{c};fill:{c}}}\n" for name, c in colours.items())
 
 
@@ -163,10 +164,11 @@ def _table(
 
 def _section(timelines: list[Timeline], group: list[int]) -> Iterator[str]:
     members = [timelines[i] for i in group]
-    paired = members[0].notes.get("pair") is not None
-    yield f"<section>\n<h2>{_pair_heading(members) if paired else _heading(members[0])}</h2>"
+    pair = pairs(timelines)[group[0]]
+    head = _heading(members[0]) if pair is None else _pair_heading(pair, members)
+    yield f"<section>\n<h2>{head}</h2>"
     for index, timeline in zip(group, members, strict=True):
-        if paired:
+        if pair is not None:
             yield f"<h3>{_heading(timeline)}</h3>"
         name = escape(
             f"{timeline.name}, {timeline.source}: {timeline.num_devices} devices over time"
@@ -188,8 +190,8 @@ def _heading(timeline: Timeline) -> str:
     return f'{escape(timeline.name)} <span class="quiet">{figures}</span>'
 
 
-def _pair_heading(members: list[Timeline]) -> str:
-    name = escape(str(members[0].notes["pair"]))
+def _pair_heading(pair: str, members: list[Timeline]) -> str:
+    name = escape(pair)
     simulated = next((t for t in members if t.source == "simulated"), None)
     measured = next((t for t in members if t.source == "measured"), None)
     if simulated is None or measured is None or not measured.step:
@@ -204,7 +206,7 @@ def _pair_heading(members: list[Timeline]) -> str:
 def _devices(timeline: Timeline, index: int) -> str:
     """Per device: where its time goes, as a bar and in figures, and its peak memory."""
     peaks = timeline.peak_bytes
-    columns = ["device", "", "busy", *CAUSES, "idle"] + (["peak memory"] if peaks else [])
+    columns = ["device", "", *_TIMES, "idle"] + (["peak memory"] if peaks else [])
     rows = []
     total = timeline.makespan
     for device, (busy, causes) in enumerate(
@@ -216,9 +218,7 @@ def _devices(timeline: Timeline, index: int) -> str:
         cells += [palette.size(peaks[device])] if peaks else []
         tail = "".join(f"<td>{c}</td>" for c in cells)
         rows.append(f'<tr><th scope="row">{device}</th><td>{_bar(values, total)}</td>{tail}</tr>')
-    legend = _legend(
-        [("busy", "busy"), *((cause, cause) for cause in CAUSES)], "Colours of the bars"
-    )
+    legend = _legend([(f"time-{cause}", cause) for cause in _TIMES], "Colours of the bars")
     head = "".join(f'<th scope="col">{c}</th>' for c in columns)
     unfolded = " open" if timeline.num_devices <= OPEN_ROWS else ""
     return (
@@ -232,10 +232,10 @@ def _devices(timeline: Timeline, index: int) -> str:
 
 def _bar(values: list[float], total: float) -> str:
     parts, x = [], 0.0
-    for kind, value in zip(("busy", *CAUSES), values, strict=True):
+    for kind, value in zip(_TIMES, values, strict=True):
         width = 1000 * value / total if total else 0.0
         if width >= 0.05:
-            parts.append(f'<rect class="{kind}" x="{x:.1f}" width="{width:.1f}" height="10"/>')
+            parts.append(f'<rect class="time-{kind}" x="{x:.1f}" width="{width:.1f}" height="10"/>')
         x += width
     return (
         '<svg class="bar" viewBox="0 0 1000 10" preserveAspectRatio="none" aria-hidden="true">'

@@ -1,6 +1,6 @@
 """The colours, names and number forms that all renderers share.
 
-The five hues stay apart under the three common forms of colour-blindness (differences in CIELAB of
+The hues stay apart under the three common forms of colour-blindness (differences in CIELAB of
 25 and more). Several stages of one device differ in shade: the earliest is the darkest.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adaptis.program import Op
+from adaptis.program import HEAD_OPS, Op
 from adaptis.timeline import CAUSES
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ COLOURS = {
     Op.BACKWARD_INPUT: "#f6bd48",
     Op.BACKWARD_WEIGHT: "#22b08c",
     Op.RECOMPUTE: "#b8a1e3",
+    Op.SCORES: "#483060",
+    Op.SCORES_GRADIENT: "#600000",
 }
 NAMES = {
     Op.FORWARD: "forward",
@@ -28,8 +30,12 @@ NAMES = {
     Op.BACKWARD_INPUT: "input gradient",
     Op.BACKWARD_WEIGHT: "weight gradient",
     Op.RECOMPUTE: "recompute",
+    Op.SCORES: "head scores",
+    Op.SCORES_GRADIENT: "head gradient",
 }
-CAUSE_COLOURS = dict(zip(CAUSES, ("#9aa5b4", "#c2418a", "#5d6b7e", "#c5ccd6"), strict=True))
+CAUSE_COLOURS = dict(
+    zip(CAUSES, ("#9aa5b4", "#c2418a", "#8e5bb5", "#5d6b7e", "#c5ccd6"), strict=True)
+)
 BUSY = "#3f8f63"
 DARKEST, LIGHTEST = 0.22, 0.45  # how far shades go towards black and towards white
 
@@ -52,13 +58,21 @@ def ink(fill: str) -> str:
 
 
 def positions(placement: tuple[int, ...]) -> list[tuple[int, int]]:
-    """For each stage: which of its device's stages it is, and how many that device holds."""
+    """For each stage: which of its device's stages it is, and how many that device holds.
+
+    The last entry is for a sharded head, which has the number after the last stage.
+    """
     seen: dict[int, int] = {}
     index = []
     for device in placement:
         index.append(seen.get(device, 0))
         seen[device] = index[-1] + 1
-    return [(i, seen[device]) for i, device in zip(index, placement, strict=True)]
+    return [*((i, seen[device]) for i, device in zip(index, placement, strict=True)), (0, 1)]
+
+
+def fill(compute: Compute, place: list[tuple[int, int]]) -> str:
+    """The colour of a computation; `place` is what `positions` returned."""
+    return shade(COLOURS[compute.op], *place[compute.stage])
 
 
 def has_many_stages(timeline: Timeline) -> bool:
@@ -67,8 +81,9 @@ def has_many_stages(timeline: Timeline) -> bool:
 
 
 def label(compute: Compute, many: bool) -> str:
-    """`F0`, or `2F0` where a device holds many stages."""
-    return str(compute) if many else f"{compute.op}{compute.microbatch}"
+    """`F0`, or `2F0` where a device holds many stages; a sharded head is one for all devices."""
+    named = many and compute.op not in HEAD_OPS
+    return str(compute) if named else f"{compute.op}{compute.microbatch}"
 
 
 def used_ops(timelines: list[Timeline]) -> list[Op]:

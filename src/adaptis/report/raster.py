@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adaptis.timeline import OPS
+from adaptis.program import OPS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adaptis.program import Op
+from adaptis.program import OPS, Op
 from adaptis.report import palette
 from adaptis.report.raster import is_dense, shares
-from adaptis.timeline import OPS, Span, Timeline
+
+if TYPE_CHECKING:
+    from adaptis.timeline import Span, Timeline
 
 FILL = {
     Op.FORWARD: "─",
@@ -17,6 +20,8 @@ FILL = {
     Op.BACKWARD_INPUT: "╌",
     Op.BACKWARD_WEIGHT: "░",
     Op.RECOMPUTE: "~",
+    Op.SCORES: "·",
+    Op.SCORES_GRADIENT: ":",
 }
 LEAST_WIDTH = 40
 

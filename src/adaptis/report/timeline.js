@@ -16,7 +16,9 @@ function decode(packed) {
   const devices = packed.devices.map((d) => decodeDevice(d, packed.tick));
   const memory = packed.memory.map((curve) => decodeCurve(curve, packed.tick));
   const count = devices.reduce((n, d) => n + d.count, 0);
-  return { ...packed, devices, memory, count, index: null };
+  const most = (values) => values.reduce((a, b) => Math.max(a, b), 1);
+  const peak = most(memory.map((curve) => most(curve.bytes)));
+  return { ...packed, devices, memory, count, peak, index: null };
 }
 
 // The inverse of pack.py: every column holds differences from what was to be expected.
@@ -25,6 +27,7 @@ function decodeDevice(packed, tick) {
   const device = {
     count, code: new Int32Array(count), microbatch: new Int32Array(count),
     start: new Float64Array(count), end: new Float64Array(count),
+    held: new Map(packed.held.map(([row, ticks]) => [row, ticks * tick])),
   };
   const last = packed.kinds.map(() => -1), length = packed.kinds.map(() => 0);
   let clock = 0;
@@ -60,31 +63,47 @@ function after(values, x) {
 
 const stageOf = (code) => Math.floor(code / OPS);
 const nameOf = (d, i) => `${stageOf(d.code[i])}${data.ops[d.code[i] % OPS]}${d.microbatch[i]}`;
-const labelOf = (t, d, i) => (t.many ? nameOf(d, i) : data.ops[d.code[i] % OPS] + d.microbatch[i]);
+const isHead = (code) => data.head.includes(code % OPS); // of a sharded head: not of a stage
+function labelOf(t, d, i) {
+  const many = t.many && !isHead(d.code[i]);
+  return many ? nameOf(d, i) : data.ops[d.code[i] % OPS] + d.microbatch[i];
+}
 
 // Both are below 2^31, their pair is exact as a float for less than 2^22 codes.
 const key = (code, microbatch) => code * 2 ** 31 + microbatch;
 
+// Where an instruction is; of a pass of a sharded head, which all devices have, the last to end.
 function find(t, code, microbatch) {
   if (!t.index) {
     t.index = new Map();
     t.devices.forEach((d, device) => {
-      for (let i = 0; i < d.count; i++) t.index.set(key(d.code[i], d.microbatch[i]), [device, i]);
+      for (let i = 0; i < d.count; i++) {
+        const name = key(d.code[i], d.microbatch[i]), known = t.index.get(name);
+        if (!known || t.devices[known[0]].end[known[1]] < d.end[i]) t.index.set(name, [device, i]);
+      }
     });
   }
   return t.index.get(key(code, microbatch));
+}
+
+// The same instruction in the other timeline of a pair: the timeline and the number in the device.
+function twin(t, device, i) {
+  const other = t.pair && timelines.find((o) => o !== t && o.pair === t.pair);
+  const d = t.devices[device], theirs = other && other.devices[device];
+  if (!theirs) return null;
+  const same = (code, j) => code === d.code[i] && theirs.microbatch[j] === d.microbatch[i];
+  const row = theirs.code.findIndex(same);
+  return row < 0 ? null : { timeline: other, row };
 }
 
 // What instruction i of a device waited for: the latest of those that wrote what it reads.
 function dependency(t, device, i) {
   const d = t.devices[device], op = d.code[i] % OPS, stage = stageOf(d.code[i]);
   let best = null;
-  for (const writers of data.reads[op]) {
-    for (const [writer, offset] of writers) {
-      const source = stage + offset;
-      const at = source < 0 ? null : find(t, source * OPS + writer, d.microbatch[i]);
-      if (at && (!best || t.devices[at[0]].end[at[1]] > t.devices[best[0]].end[best[1]])) best = at;
-    }
+  for (const [writer, offset] of t.reads[op]) {
+    const source = stage + offset;
+    const at = source < 0 ? null : find(t, source * OPS + writer, d.microbatch[i]);
+    if (at && (!best || t.devices[at[0]].end[at[1]] > t.devices[best[0]].end[best[1]])) best = at;
   }
   return best;
 }
@@ -118,23 +137,49 @@ function bytes(count) {
   return `${count} B`;
 }
 
+// How long an instruction waited, for what, and which cause that counts as.
 function waits(t, device, i) {
   const d = t.devices[device], clock = i ? d.end[i - 1] : 0, gap = d.start[i] - clock;
   const since = i ? `after ${nameOf(d, i - 1)}` : "at the start of the step";
   if (gap <= t.tick * 2) return [`Began at once ${since}`];
-  const lines = [`Idle for ${duration(gap)} ${since}`], at = dependency(t, device, i);
+  const lines = [`Idle for ${duration(gap)} ${since}${i ? "" : " (warm-up)"}`];
+  const at = dependency(t, device, i);
   const ready = at ? t.devices[at[0]].end[at[1]] : 0;
   const computing = Math.min(Math.max(ready - clock, 0), gap), rest = gap - computing;
+  let held = d.held.get(i) || 0;
+  const cause = (seconds, name) => { // all that is before the first instruction is warm-up
+    if (!i) return duration(seconds);
+    const memory = name === "imbalance" ? Math.min(seconds, held) : 0;
+    held -= memory;
+    if (seconds - memory <= t.tick * 2) return `${duration(seconds)} (${memory ? "memory" : name})`;
+    const parts = memory ? `${duration(memory)} memory, ${duration(seconds - memory)} ${name}` : name;
+    return `${duration(seconds)} (${parts})`;
+  };
   if (computing > 0) {
     const source = nameOf(t.devices[at[0]], at[1]);
-    lines.push(`${duration(computing)} until ${source} on device ${at[0]} was done`);
+    lines.push(`${cause(computing, "imbalance")} until ${source} on device ${at[0]} was done`);
   }
   if (rest > t.tick * 2) {
     const moved = at && at[0] !== device;
-    lines.push(moved ? `${duration(rest)} until its result came over from device ${at[0]}`
-      : `${duration(rest)} more, though all it reads was there`);
+    lines.push(moved ? `${cause(rest, "transfer")} until its result came over from device ${at[0]}`
+      : `${cause(rest, "imbalance")} more, though all it reads was there`);
   }
   return lines;
+}
+
+// What the other timeline of a pair says of an instruction.
+function difference(t, device, i) {
+  const found = twin(t, device, i);
+  if (!found) return [];
+  const d = t.devices[device], other = found.timeline.devices[device], j = found.row;
+  const mine = d.end[i] - d.start[i], theirs = other.end[j] - other.start[j];
+  const percent = ((theirs / mine - 1) * 100).toFixed(1).replace("-", "−");
+  const change = mine > 0 ? ` (${theirs < mine ? "" : "+"}${percent} %)` : "";
+  const later = other.start[j] - d.start[i], resolution = 2 * Math.max(t.tick, found.timeline.tick);
+  const order = later < 0 ? "earlier" : "later";
+  const began = Math.abs(later) <= resolution ? "began at the same time"
+    : `began ${duration(Math.abs(later))} ${order}`;
+  return [`${found.timeline.source}: ${duration(theirs)} long${change}, ${began}`];
 }
 
 // The text for a moment of a device: a heading, lines, and the instruction it is about, if any.
@@ -149,7 +194,9 @@ function describe(t, device, seconds) {
     const [from, to] = [moment(d.start[i], length), moment(d.end[i], length)];
     lines.push(`${from} to ${to}, ${duration(length)} long`);
     const what = `${nameOf(d, i)}: ${data.names[code % OPS]}`;
-    const head = `${what}, stage ${stage}, micro-batch ${d.microbatch[i]}, device ${device}`;
+    const of = isHead(code) ? "" : `, stage ${stage}`;
+    const head = `${what}${of}, micro-batch ${d.microbatch[i]}, device ${device}`;
+    lines.push(...difference(t, device, i));
     return { head, lines, waits: [...waits(t, device, i), ...tail], row: i };
   }
   if (i + 1 < d.count) {
@@ -224,7 +271,6 @@ function paint(chart) {
   paintAfter(chart, context);
   paintAxis(chart, context);
   paintLabels(chart, context, labels);
-  paintMemory(chart, context);
   paintNames(chart, context);
 }
 
@@ -233,7 +279,7 @@ function paintPixels(chart, context) {
   const { ratio, timeline: t } = chart;
   const width = Math.round(chart.plot * ratio), height = Math.round(chart.row * ratio);
   const line = (device) => Math.round(device * chart.pitch * ratio);
-  const total = line(t.devices.length - 1) + height;
+  const total = line(t.devices.length - 1) + height + Math.round(chart.curve * ratio);
   if (!t.devices.length) return [];
   if (!chart.image) chart.image = context.createImageData(width, total);
   const pixels = new Uint32Array(chart.image.data.buffer);
@@ -243,6 +289,8 @@ function paintPixels(chart, context) {
     const top = line(device) * width;
     if (chart.dense) paintShares(chart, d, pixels, top, width, height);
     else paintBoxes(chart, d, device, pixels, top, width, height, labels);
+    const curve = t.memory[device];
+    if (curve) paintMemory(chart, curve, pixels, top + height * width, width);
   });
   context.putImageData(chart.image, Math.round(GUTTER * ratio), Math.round(AXIS * ratio));
   return labels;
@@ -272,32 +320,35 @@ function paintShares(chart, d, pixels, top, width, height) {
   const t = chart.timeline, bin = Math.max(1, Math.round(2 * chart.ratio));
   const bins = Math.ceil(width / bin), scale = perSecond(width / bin);
   const share = new Float32Array(bins * OPS);
-  for (let i = after(d.end, view.from); i < d.count && d.start[i] < view.to; i++) {
-    const op = d.code[i] % OPS;
-    const from = Math.max((d.start[i] - view.from) * scale, 0);
-    const to = Math.min((d.end[i] - view.from) * scale, bins);
-    for (let b = Math.floor(from); b < to; b++) {
+  const { code, start, end: stop } = d, origin = view.from, until = view.to;
+  for (let i = after(stop, origin); i < d.count && start[i] < until; i++) {
+    const op = code[i] % OPS;
+    const from = Math.max((start[i] - origin) * scale, 0);
+    const to = Math.min((stop[i] - origin) * scale, bins), first = Math.floor(from);
+    if (to <= first + 1) { share[first * OPS + op] += to - from; continue; } // most are this small
+    for (let b = first; b < to; b++) {
       share[b * OPS + op] += Math.min(to, b + 1) - Math.max(from, b);
     }
   }
   const row = pixel(theme.row), end = (t.makespan - view.from) * scale;
   for (let b = 0; b < bins && b < end; b++) {
-    const x = b * bin, stop = Math.min(x + bin, width);
+    const x = b * bin, right = Math.min(x + bin, width);
     let y = height, filled = 0;
     for (let op = 0; op < OPS; op++) {
+      if (!share[b * OPS + op]) continue;
       filled += share[b * OPS + op];
       const upper = Math.max(0, height - Math.round(filled * height));
-      y = stack(pixels, chart.base[op], top, width, x, stop, y, upper);
+      y = stack(pixels, chart.base[op], top, width, x, right, y, upper);
     }
-    stack(pixels, row, top, width, x, stop, y, 0);
+    stack(pixels, row, top, width, x, right, y, 0);
   }
 }
 
-// Colours the lines from y up to `upper` between x and `stop`; returns where it ended.
-function stack(pixels, colour, top, width, x, stop, y, upper) {
+// Colours the lines from y up to `upper` between x and `right`; returns where it ended.
+function stack(pixels, colour, top, width, x, right, y, upper) {
   for (; y > upper; y--) {
     const line = top + (y - 1) * width;
-    for (let at = line + x; at < line + stop; at++) pixels[at] = colour;
+    for (let at = line + x; at < line + right; at++) pixels[at] = colour;
   }
   return y;
 }
@@ -340,28 +391,23 @@ function paintLabels(chart, context, labels) {
   }
 }
 
-function paintMemory(chart, context) {
-  const t = chart.timeline, peak = (values) => values.reduce((a, b) => Math.max(a, b), 1);
-  const most = peak(t.memory.map((curve) => peak(curve.bytes)));
-  t.memory.forEach((curve, device) => {
-    const bottom = AXIS + device * chart.pitch + chart.row + chart.curve, room = chart.curve - 2;
-    const first = Math.max(after(curve.time, view.from) - 1, 0);
-    const stop = Math.min(view.to, t.makespan);
-    if (!curve.time.length || stop <= view.from) return;
-    context.beginPath();
-    context.moveTo(Math.max(toX(chart, curve.time[first]), GUTTER), bottom);
-    for (let i = first; i < curve.time.length && curve.time[i] < stop; i++) {
-      const y = bottom - (curve.bytes[i] / most) * room;
-      const next = i + 1 < curve.time.length ? curve.time[i + 1] : stop;
-      context.lineTo(Math.max(toX(chart, curve.time[i]), GUTTER), y);
-      context.lineTo(toX(chart, Math.min(next, stop)), y);
+// A bar a column, as high as the most memory that was in use in its time.
+function paintMemory(chart, curve, pixels, top, width) {
+  const { ratio, timeline: t } = chart, scale = perSecond(width);
+  const height = Math.round(chart.curve * ratio), room = height - Math.round(2 * ratio);
+  const stop = Math.min(Math.round((t.makespan - view.from) * scale), width);
+  const colour = ((pixel(theme.memory) & 0xffffff) | 0x73000000) >>> 0;
+  let i = Math.max(after(curve.time, view.from) - 1, 0);
+  if (!curve.time.length) return;
+  for (let x = Math.max(0, Math.round(-view.from * scale)); x < stop; x++) {
+    const until = view.from + (x + 1) / scale;
+    let most = curve.bytes[i];
+    while (i + 1 < curve.time.length && curve.time[i + 1] < until) {
+      most = Math.max(most, curve.bytes[++i]);
     }
-    context.lineTo(toX(chart, stop), bottom);
-    context.fillStyle = theme.memory;
-    context.globalAlpha = 0.45;
-    context.fill();
-    context.globalAlpha = 1;
-  });
+    const bar = Math.round((most / t.peak) * room);
+    for (let y = height - bar; y < height; y++) pixels[top + y * width + x] = colour;
+  }
 }
 
 function paintNames(chart, context) {
@@ -399,7 +445,7 @@ function paintAxis(chart, context) {
 
 function draw() {
   const start = performance.now();
-  for (const chart of charts) paint(chart);
+  for (const chart of charts) if (chart.near) paint(chart);
   hover();
   drawn = performance.now() - start;
 }
