@@ -31,6 +31,7 @@ import numpy as np
 from adaptis.cluster import Link, uniform
 from adaptis.costs import RowCosts, price, price_rows
 from adaptis.files import write_json
+from adaptis.kernels import compiled as machine_code
 from adaptis.kernels import peaks, replay
 from adaptis.lower import LOOKAHEAD
 from adaptis.plan import Plan, Stage, named_plan, save_plan
@@ -173,9 +174,11 @@ def study_replay(instructions: int, repeat: int) -> dict[str, Any]:
     times = np.zeros((len(rows.op), 3))
     found: list[float] = []
 
+    fast_replay, fast_peaks = machine_code(replay), machine_code(peaks)
+
     def compiled() -> None:
-        count = replay(rows.offsets, rows.need_offsets, rows.needs, prices.seconds, times)
-        most = peaks(columns.offsets, prices.taken, prices.freed, costs.static_bytes)
+        count = fast_replay(rows.offsets, rows.need_offsets, rows.needs, prices.seconds, times)
+        most = fast_peaks(columns.offsets, prices.taken, prices.freed, costs.static_bytes)
         assert count == len(rows.op)
         found[:] = [float(times[:, 1].max()), *most.tolist()]
 

@@ -46,7 +46,9 @@ class Costs:
         (first, a), (second, b) = alone
         speed = self.cluster.devices[device].speed
         hidden = min(
-            self.weights[c.microbatch] * self.total(c.stage, "overlapped") / speed
+            0.0
+            if c.op in (Op.SCORES, Op.SCORES_GRADIENT)
+            else self.weights[c.microbatch] * self.total(c.stage, "overlapped") / speed
             for c in (first, second)
         )
         both = max(a + b - hidden, a, b)

@@ -216,6 +216,14 @@ def test_a_sharded_head_holds_its_input_and_its_part(reductions):
     assert head_plan(reductions, memory=True).peak_bytes == (2 + 101 + 100, 2 + 101)
 
 
+def test_a_pass_of_a_sharded_head_hides_nothing_in_a_fused_pair():
+    orders = "0F0 2S0 (2T0;0B0)OVERLAP_F_B", "1F0 2S0 1B0 2T0"
+    plan = make([stage(0), stage(1, 1)], *orders, microbatches=1, head_reductions=1)
+    timeline = simulate_plan(plan, uniform_profile(3, overlapped=1.0), uniform(2))
+    # F 0-1, 1-2; S to 3; 1B0 to 5; then 0.5 + 2.
+    assert timeline.makespan == 7.5
+
+
 def test_a_tied_embedding_is_summed_with_all_parts_of_a_sharded_head():
     plan = make([stage(0), stage(1, 1)], "0F0 2S0 2T0 0B0", "1F0 2S0 2T0 1B0", microbatches=1)
     plan = replace(plan, head_reductions=1)
@@ -271,9 +279,10 @@ def test_a_moment_held_back_by_memory_is_counted_once():
     profile = uniform_profile(3, output_bytes=2)
     cluster = Cluster((Device(), Device(memory_bytes=0.5)), Link(0.0, 1.0))
     # 0F0 0-1, there 3: 1F0 3-4; there 6: 2F0 6-7, 2B0 7-9, there 11: 1B0 11-13.
-    # 0F1 1-2, on the link 3-5: for 1F1, there from 5 on, is no room; the gradient that 1B0 waits for
-    # is on its way from 9 on. 1F1 13-14, there 16: 2F1 16-17, 2B1 17-19, there 21: 1B1.
+    # 0F1 1-2, on the link 3-5: 1F1 is there from 5 on but has no room; the gradient that 1B0 waits
+    # for is on its way from 9 on. 1F1 13-14, on the link 15-17 behind the gradient of 1B0:
+    # 2F1 17-18, 2B1 18-20, there 22: 1B1.
     bubbles = simulate_plan(plan, profile, cluster).bubbles()[1]
     assert bubbles["memory"] == 11 - 5
-    assert bubbles["transfer"] == 21 - 19
-    assert bubbles["imbalance"] == (5 - 4) + (19 - 14)
+    assert bubbles["transfer"] == 22 - 20
+    assert bubbles["imbalance"] == (5 - 4) + (20 - 14)

@@ -14,6 +14,7 @@ from adaptis.cluster import Cluster, Device, Link, uniform
 from adaptis.costs import price as price_stages
 from adaptis.errors import InfeasibleError, PlanError
 from adaptis.lower import lower
+from adaptis.packing import fairest
 from adaptis.plan import Plan, Stage, plan_from_json, plan_to_json
 from adaptis.profile import LayerCost, Overheads, Profile, Shared, load_profile
 from adaptis.program import Op
@@ -21,7 +22,6 @@ from adaptis.search import BASELINES, Progress, Stop, lower_bounds, search
 from adaptis.search.convert import fixed_of, plan_of
 from adaptis.search.greedy import Candidate, evaluate
 from adaptis.search.instance import make_instance, price
-from adaptis.search.packing import fairest
 from adaptis.search.polish import fix, make_trace, polish, retime
 from adaptis.simulate import simulate_plan
 

@@ -1,6 +1,9 @@
 """The performance model against a second opinion, and what must hold whatever the costs."""
 
 import math
+import os
+import subprocess
+import sys
 from collections import defaultdict
 from dataclasses import replace
 from itertools import pairwise
@@ -331,3 +334,22 @@ def test_a_device_holds_a_shared_parameter_once():
             tables.static.tolist()
             == price(Plan(1, stages, ((), ())), profile, uniform(2)).static_bytes.tolist()
         )
+
+
+def test_a_small_plan_is_simulated_without_compiled_code():
+    code = (
+        "import sys; from adaptis.cluster import uniform;"
+        "from adaptis.comparison import simulation;"
+        "from random_plans import schedule_plan, uniform_profile;"
+        "print(simulation(schedule_plan('1f1b', 4, 8), uniform_profile(4), uniform(4))[0].step,"
+        "'numba' in sys.modules)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert found.stdout.split() == ["33.0", "False"]

@@ -36,6 +36,8 @@ RIVER = (
     "costs",
     "timeline",
     "simulate",
+    "packing",
+    "bounds",
     "search",
     "execute",
     "report",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from adaptis.bounds import lower_bounds
 from adaptis.check import check_memory
 from adaptis.errors import InfeasibleError, PlanError
-from adaptis.search import BASELINES, Stop, lower_bounds, search
 from adaptis.simulate import simulate_plan
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ def compare_all(
     Raises:
         InfeasibleError: no plan fits the memory.
     """
+    from adaptis.search import BASELINES, Stop, search  # compiled code: not for `simulate`
+
     rows, refused = [], {}
     for name, make in BASELINES.items():
         try:

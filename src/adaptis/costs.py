@@ -363,9 +363,8 @@ def _fuse(rows: Rows, costs: StageCosts, heavy: Floats, table: Floats) -> None:
     both = table[one, SECONDS] + table[two, SECONDS]
     longer = np.maximum(table[one, SECONDS], table[two, SECONDS])
     stage = rows.columns.stage
-    hidden = np.minimum(
-        costs.overlapped[stage[one]] * heavy[one], costs.overlapped[stage[two]] * heavy[two]
-    )
+    seconds = np.append(costs.overlapped, 0.0)  # a sharded head hides nothing
+    hidden = np.minimum(seconds[stage[one]] * heavy[one], seconds[stage[two]] * heavy[two])
     fused = np.maximum(both - hidden, longer)
     share = np.divide(fused, both, out=np.ones_like(both), where=both > 0)
     table[one, SECONDS] *= share

@@ -7,25 +7,39 @@ by the count of what ran.
 
 from __future__ import annotations
 
+import sys
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
-import numba
 import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+SMALL = 20_000  # rows that plain Python replays sooner than compiled code is loaded
 
+
+@cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` as machine code; the cache beside the module makes the second start fast."""
+    import numba
+
     return numba.njit(cache=True, nogil=True)(function)
+
+
+def quickest(function: Callable[..., Any], num_rows: int) -> Callable[..., Any]:
+    """`function` itself for a few rows in a process that has compiled nothing yet.
+
+    Loading what runs compiled code takes a second, replaying a small plan in Python none.
+    """
+    plain = num_rows <= SMALL and "numba" not in sys.modules
+    return function if plain else compiled(function)
 
 
 TAKE, SECONDS, GIVE, DELAY = range(4)  # the columns of what a row costs
 START, END, THERE = range(3)  # the columns of when it ran
 
 
-@compiled
 def replay(
     offsets: Any,  # (L + 1,) rows of lane k: offsets[k] to offsets[k + 1]
     need_offsets: Any,  # (N + 1,) row i needs needs[need_offsets[i] : need_offsets[i + 1]]
@@ -81,7 +95,6 @@ def replay(
     return count
 
 
-@compiled
 def peaks(
     offsets: Any,  # (D + 1,) rows of device d: offsets[d] to offsets[d + 1]
     taken: Any,  # (n,) bytes from the start of row i

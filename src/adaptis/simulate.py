@@ -24,7 +24,7 @@ import numpy as np
 from adaptis.check import check
 from adaptis.costs import price, price_rows
 from adaptis.errors import PlanError, ProgramError
-from adaptis.kernels import END, GIVE, START, TAKE, THERE, peaks, replay
+from adaptis.kernels import END, GIVE, START, TAKE, THERE, peaks, quickest, replay
 from adaptis.lower import lower
 from adaptis.program import Kind, Step
 from adaptis.rows import GATHER, OF_ALL, OFFLOAD, RELOAD, TRANSFER, F, rows_of
@@ -111,7 +111,9 @@ def run(rows: Rows, prices: RowCosts) -> Floats:
         ProgramError: some wait for ever.
     """
     times = np.zeros((len(rows.op), 3))
-    count = replay(rows.offsets, rows.need_offsets, rows.needs, prices.seconds, times)
+    count = quickest(replay, len(rows.op))(
+        rows.offsets, rows.need_offsets, rows.needs, prices.seconds, times
+    )
     if count < len(rows.op):
         raise ProgramError(
             f"{len(rows.op) - count} instructions wait for ever; `adaptis check` names them"
@@ -121,7 +123,9 @@ def run(rows: Rows, prices: RowCosts) -> Floats:
 
 def peak_bytes(rows: Rows, costs: StageCosts, prices: RowCosts) -> Floats:
     """(D,) the most that each device holds, where all that changes it are computations."""
-    return peaks(rows.columns.offsets, prices.taken, prices.freed, costs.static_bytes)
+    return quickest(peaks, len(rows.op))(
+        rows.columns.offsets, prices.taken, prices.freed, costs.static_bytes
+    )
 
 
 def _step(rows: Rows, costs: StageCosts, done: Floats, clipped: bool) -> float:

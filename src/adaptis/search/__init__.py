@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from adaptis.bounds import Bound, Bounds, lower_bounds
 from adaptis.search.baselines import BASELINES, interleaved_tuned
-from adaptis.search.bounds import Bound, Bounds, lower_bounds
 from adaptis.search.tune import Progress, SearchResult, Stop, search
 
 __all__ = [

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from adaptis.bounds import Bounds
     from adaptis.plan import Plan
-    from adaptis.search.bounds import Bounds
     from adaptis.timeline import Timeline
 
 

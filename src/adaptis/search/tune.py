@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from adaptis.bounds import lower_bounds
 from adaptis.cluster import uniform
 from adaptis.errors import InfeasibleError, PlanError
 from adaptis.search.anneal import anneal, even_out
 from adaptis.search.baselines import BASELINES
-from adaptis.search.bounds import lower_bounds
 from adaptis.search.convert import counted, plan_of
 from adaptis.search.explain import explain
 from adaptis.search.greedy import IMPOSSIBLE, Candidate
@@ -34,10 +34,10 @@ from adaptis.simulate import simulate_plan
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from adaptis.bounds import Bounds
     from adaptis.cluster import Cluster
     from adaptis.plan import Plan
     from adaptis.profile import Profile
-    from adaptis.search.bounds import Bounds
     from adaptis.search.instance import Instance
     from adaptis.timeline import Timeline
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adaptis.search.packing import fairest
+from adaptis.packing import fairest
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
