@@ -94,7 +94,7 @@ def run(rank, program, semantics, limit, groups):
                 else:
                     brought[value] = entry
             case Join():
-                joined.append(join(instruction, program, groups, brought))
+                joined += join(instruction, program, groups, brought)
     for work in (*sent, *joined):
         work.wait(limit)
     dist.barrier()
@@ -103,16 +103,20 @@ def run(rank, program, semantics, limit, groups):
 def join(instruction, program, groups, brought):
     what, last = instruction.what, program.layout.placement[-1]
     tensor = torch.full((3,), float(instruction.microbatch))
-    if what in (Together.SHARE, Together.TAKE):
-        buffer = tensor.clone() if what is Together.SHARE else torch.zeros(3)
-        work = dist.broadcast(buffer, last, group=groups[0], async_op=True)
+    if what is Together.SHARE:
+        others = [rank for rank in range(len(program.devices)) if rank != last]
+        return [dist.isend(tensor, rank, group=groups[0]) for rank in others]
+    if what is Together.TAKE:
+        buffer = torch.zeros(3)
+        work = dist.irecv(buffer, last, group=groups[0])
     else:
         buffer, tensor = tensor.clone(), tensor * len(program.devices)
         group = groups[1 if what is Together.SUM_S else 2]
         work = dist.all_reduce(buffer, group=group, async_op=True)
     for value in program.layout.writes(instruction):
         brought[value] = (work, buffer, tensor)
-    return work
+    # A received value is waited for by who reads it, and a second wait would not end.
+    return [] if what is Together.TAKE else [work]
 
 
 def arrived(work, buffer, expected, limit):

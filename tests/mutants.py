@@ -93,7 +93,8 @@ class Explorer:
             if isinstance(i, Join) and not (layout.reductions and i.stage == layout.num_stages):
                 return False
             if isinstance(i, Shard):
-                if i.stage not in range(layout.num_stages) or layout.placement[i.stage] != device:
+                of_head = layout.reductions and i.stage == layout.num_stages
+                if not of_head and layout.placement[i.stage : i.stage + 1] != (device,):
                     return False
                 if i.what is not Sharding.REDUCE and i.stage not in layout.sharded:
                     return False
@@ -131,21 +132,25 @@ class Explorer:
     def reduced(self):
         """One sum of the gradients of each stage where there is something to add, at the end."""
         layout, found = self.layout, Counter()
-        for row in self.program.devices:
-            for at, i in enumerate(row):
-                if isinstance(i, Shard) and i.what is Sharding.REDUCE:
-                    found[i.stage] += 1
-                    later = [c for other in row[at:] for c in parts(other)]
-                    if any(
-                        c.stage == i.stage and c.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT)
-                        for c in later
-                    ):
-                        return False
-        needed = layout.copies > 1 or layout.replicas > 1
-        return found == (Counter(range(layout.num_stages)) if needed else Counter())
+        adding = (Op.BACKWARD, Op.BACKWARD_WEIGHT, Op.SCORES_GRADIENT)
+        for device, at, i in self.all():
+            if isinstance(i, Shard) and i.what is Sharding.REDUCE:
+                found[device, i.stage] += 1
+                later = [c for other in self.program.devices[device][at:] for c in parts(other)]
+                if any(c.stage == i.stage and c.op in adding for c in later):
+                    return False
+        expected = Counter()
+        if layout.copies > 1 or layout.replicas > 1:
+            expected.update((device, s) for s, device in enumerate(layout.placement))
+            if layout.reductions:
+                expected.update((d, layout.num_stages) for d in range(len(self.program.devices)))
+        return found == expected
 
     def readable(self):
-        """Before an instruction its device got what it reads, and never what it leaves."""
+        """Before an instruction its device got what it reads, and never what it leaves.
+
+        What was gathered is forgotten at the end.
+        """
         for row in self.program.devices:
             there = set()
             for instruction in row:
@@ -155,6 +160,8 @@ class Explorer:
                     return False
                 there.update(self.layout.writes(instruction))
                 there.difference_update(self.layout.takes(instruction))
+            if any(value.kind is Kind.PARAMETERS for value in there):
+                return False
         return True
 
     def stuck(self):
@@ -200,7 +207,14 @@ class Explorer:
         for value in self.layout.reads(row[index]):
             for i in range(index):
                 if isinstance(row[i], Join) and value in self.layout.writes(row[i]):
-                    result += self.joins[group(row[i])]
+                    who = self.joins[group(row[i])]
+                    if row[i].what is Together.TAKE:  # handed out by one, who waits for nobody
+                        who = [
+                            (d, i)
+                            for d, i in who
+                            if self.program.devices[d][i].what is Together.SHARE
+                        ]
+                    result += who
                 if posted and isinstance(row[i], Receive) and row[i].value == value:
                     result.append(self.partner[device, i])
         return result

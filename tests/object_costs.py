@@ -143,13 +143,14 @@ class Costs:
                     again += (sum(held) - max(held)) * self.profile.shared_state(shared)
         return again
 
-    def taken(self, compute):
-        """Bytes that are held from the start of `compute` on."""
+    def taken(self, device, compute):
+        """Bytes that are held from the start of `compute` on; the head's input may have been."""
         s, m, op = compute.stage, compute.microbatch, compute.op
         weight, size = self.weights[m], 0.0
         if op is Op.SCORES:
-            head, p = self.profile.layers[-1], len(self.devices)
-            return weight * (head.saved_bytes / p + self.profile.layers[-2].output_bytes)
+            own = self.plan.stages[-1].device == device
+            size = self.profile.layers[-2].output_bytes if own else 0
+            return weight * (self.profile.layers[-1].saved_bytes / len(self.devices) + size)
         if op is Op.SCORES_GRADIENT:
             return 0.0
         again = self.plan.stages[s].recompute

@@ -184,12 +184,17 @@ class SlowSimulator(Costs):
             spans.append((compute, time, time + seconds))
             time += seconds
         received = sum(self.crossing_bytes(value) for value in device.posted)
-        taken = received + sum(self.taken(compute) for compute in parts(instruction))
+        taken = received + sum(self.taken(device.number, c) for c in parts(instruction))
         device.change(self.clock.now, COMPUTING, taken)
-        device.received.update(device.posted)
+        # What a head takes is given back by T.
+        device.received.update(v for v in device.posted if not self.is_head_input(v))
         device.posted = []
         device.ran.append(Ran(instruction, spans, device.free, waited, taken))
         self.clock.at(time, self.finish, device, instruction)
+
+    def is_head_input(self, value):
+        of_last = value.stage == self.layout.num_stages - 1
+        return self.layout.reductions and of_last and value.kind is Kind.OUTPUT
 
     def finish(self, device, instruction):
         for value in self.layout.takes(instruction):
@@ -271,6 +276,11 @@ class SlowSimulator(Costs):
         device.change(self.clock.now, order, size)
 
     def shard(self, device, shard):
+        if shard.stage == self.layout.num_stages:
+            seconds = self.ring(2, self.profile.layers[-1].parameter_bytes / len(self.devices))
+            job = Job(seconds, partial(self.reduced, device))
+            self.clock.at(device.paid, self.lanes["network", device.number].add, job)
+            return
         size = self.total(shard.stage, "parameter_bytes")
         own = shard.what is Sharding.REDUCE and self.layout.copies > 1
         network = self.lanes["reductions" if own else "network", device.number]
@@ -312,25 +322,25 @@ class SlowSimulator(Costs):
         device.reduced = self.clock.now
 
     def join(self, device, join):
-        """A sum begins when the last device has joined; the input of the head when it is there."""
-        m, lane = join.microbatch, self.lanes[join.what]
+        """A sum begins when the last device has joined with its part, handing out at once."""
         if join.what is Together.TAKE:
-            return  # what the head takes is counted from S on
-        if join.what is Together.SHARE:
-            others = [d for d in self.devices if d is not device]
-            value = Value(Kind.OUTPUT, join.stage - 1, m)
-            job = Job(self.share_seconds(m), partial(self.hand_out, others, [value]))
-            self.clock.at(device.paid, lane.add, job)
-        else:
-            self.clock.at(device.paid, self.add_up, join, lane)
+            device.posted.extend(self.layout.writes(join))
+            return
+        self.clock.at(device.paid, self.joined, join, self.lanes[join.what])
 
-    def add_up(self, join, lane):
-        """One device's part of a sum is there."""
+    def joined(self, join, lane):
+        """One more device has."""
         key = join.what, join.microbatch
         if key not in self.sums:
-            values = list(self.layout.writes(join))
-            hand_out = partial(self.hand_out, self.devices, values)
-            self.sums[key] = Job(self.sum_seconds(join), hand_out, missing=len(self.devices))
+            if join.what is Together.SHARE:
+                seconds, values = self.share_seconds(join.microbatch), list(self.layout.reads(join))
+                receivers = [d for d in self.devices if d.number != self.layout.placement[-1]]
+            else:
+                seconds, values = self.sum_seconds(join), list(self.layout.writes(join))
+                receivers = self.devices
+            hand_out = partial(self.hand_out, receivers, values)
+            missing = 1 if join.what is Together.SHARE else len(self.devices)
+            self.sums[key] = Job(seconds, hand_out, missing=missing)
             lane.add(self.sums[key])
         self.sums[key].missing -= 1
         lane.go_on()

@@ -390,9 +390,9 @@ def test_schedules_of_one_chunk_finish_on_any_runtime_that_buffers(name):
 HEAD = (
     "stages 0 1; microbatches 1; reductions 1; replicas 2; sharded 0\n"
     "device 0 | 0UNSHARD 0F0 0SEND_F0 2TAKE_F0 2S0 2SUM_S0 2T0 0RECV_B0 0B0 0RESHARD 0REDUCE_GRAD"
-    " STEP\n"
+    " 2REDUCE_GRAD STEP\n"
     "device 1 | 1RECV_F0 1F0 1OFFLOAD0 2SHARE_F0 2S0 2SUM_S0 1RELOAD0 1B0 1SEND_B0 1REDUCE_GRAD 2T0"
-    " STEP\n"
+    " 2REDUCE_GRAD STEP\n"
 )
 
 
@@ -402,9 +402,16 @@ HEAD = (
         ("", "", ""),
         ("0UNSHARD ", "", "0F0: reads the whole parameters of stage 0"),
         ("0RESHARD", "1RESHARD", "stage 1 is not on device 0"),
+        ("0RESHARD ", "", "stage 0 are still whole at the end; 0RESHARD is missing"),
+        ("0RESHARD", "0RESHARD 0UNSHARD", "device 0: the parameters of stage 0 are still whole"),
+        ("0UNSHARD", "0UNSHARD 0UNSHARD", "0UNSHARD: leaves the whole parameters of stage 0"),
+        ("0RESHARD", "0RESHARD 0RESHARD", "0RESHARD: reads the whole parameters of stage 0, which"),
+        ("0RESHARD", "2RESHARD", "2RESHARD: stage 2 is not sharded"),
         ("2SHARE_F0", "1UNSHARD 2SHARE_F0", "1UNSHARD: stage 1 is not sharded"),
-        ("0REDUCE_GRAD ", "", "stage 0: 0REDUCE_GRAD is missing"),
+        ("0REDUCE_GRAD ", "", "device 0: 0REDUCE_GRAD is missing"),
         ("1REDUCE_GRAD", "1REDUCE_GRAD 1REDUCE_GRAD", "was summed before, at device 1, position 9"),
+        ("2REDUCE_GRAD ", "", "device 0: 2REDUCE_GRAD is missing"),
+        ("2T0 2REDUCE_GRAD", "2REDUCE_GRAD 2T0", "device 1, position 11: 2T0: adds to gradients"),
         ("1B0 1SEND_B0 1REDUCE_GRAD", "1REDUCE_GRAD 1B0 1SEND_B0", "1B0: adds to gradients"),
         ("; replicas 2", "", "nothing is to be summed"),
         ("1OFFLOAD0 ", "", "1RELOAD0: reads the kept host of stage 1"),

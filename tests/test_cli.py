@@ -91,6 +91,19 @@ def test_the_version_needs_no_verb(run):
     assert run("--version")[:2] == (0, "0.1.0\n")
 
 
+def test_an_exact_plan_says_what_is_proven(run):
+    words = ("plan", "profile.json", "--devices", 2, "--microbatches", 3, "--exact")
+    code, out, err = run(*words, "--seconds", 20, "-o", "plan.json", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result.keys() >= {*FIGURES, "optimal"}
+    assert result["optimal"] == (result["gap"] <= 1e-3)
+    code, out, err = run(*words, "--seconds", 20)
+    assert code == 0, err
+    assert "proven" in out
+    assert run("check", "plan.json")[0] == 0
+
+
 @pytest.mark.parametrize(
     ("words", "part"),
     [
@@ -110,6 +123,7 @@ def test_the_version_needs_no_verb(run):
         ("plan profile.json -o .", "is a folder"),
         ("plan profile.json -o profile.json/plan.json", "cannot be written"),
         ("plan profile.json --cluster profile.json", "format"),
+        ("plan profile.json --exact --microbatches 17", "at most 16 layers, 6 devices and 16"),
         ("compare profile.json --seconds inf", "--seconds inf"),
         ("simulate profile.json", "PLAN"),
         ("simulate profile.json profile.json", "profile.json"),

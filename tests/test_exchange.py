@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -9,13 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_plans import make_plan, schedule_plan, seeds, uniform_profile
 
+from adaptis import cli
 from adaptis.check import check
 from adaptis.errors import DeadlockError, Error, InputError, PlanError, ProgramError
 from adaptis.exchange import layouts, octopipe, slackpipe
-from adaptis.exchange.orders import stops_of
+from adaptis.exchange.orders import lost, stops_of
 from adaptis.exchange.torch_csv import read_schedule, write_orders, write_program
+from adaptis.files import write_json
 from adaptis.lower import lower
-from adaptis.plan import Plan, Stage, plan_from_json
+from adaptis.plan import Plan, Stage, plan_from_json, save_plan
+from adaptis.profile import profile_to_json
 from adaptis.program import Op, Overlap, parts
 from adaptis.schedules import SCHEDULES
 from adaptis.schedules.shape import Shape
@@ -500,6 +504,28 @@ def test_deepspeed_gets_the_boundaries():
     assert layouts.deepspeed(cut("1f1b", 2, 1, 3, 8)) == "[0, 3, 8]\n"
     with pytest.raises(PlanError, match="DeepSpeed has stage i on rank i"):
         layouts.deepspeed(cut("interleaved", 2, 2, 1, 2, 3, 4))
+
+
+def test_the_flags_of_stages_that_a_form_cannot_carry_are_told(monkeypatch, capsys, tmp_path):
+    plan = cut("interleaved", 2, 2, 1, 2, 3, 4)
+    flags = ({"recompute": True}, {"offload": True}, {"recompute": True, "sharded": True}, {})
+    stages = [replace(stage, **some) for stage, some in zip(plan.stages, flags, strict=True)]
+    save_plan(replace(plan, stages=tuple(stages), replicas=2), tmp_path / "plan.json")
+    write_json(tmp_path / "profile.json", profile_to_json(model(4)))
+    note = (
+        "this form does not say that stages 0, 2 are recomputed and that stage 1 is offloaded and "
+        "that stage 2 is sharded; set that in the other system"
+    )
+    monkeypatch.chdir(tmp_path)
+    words = ["adaptis", "export", "plan.json", "--profile", "profile.json", "--json", "--to"]
+    for target, told in (("megatron", note), ("text", None)):
+        monkeypatch.setattr(sys, "argv", [*words, target])
+        with pytest.raises(SystemExit, match="0"):
+            cli.main()
+        out, err = capsys.readouterr()
+        assert json.loads(out).get("note") == told
+        assert (f"note: {note}" in err.splitlines()) == (told is not None)
+    assert lost(plan) == ""
 
 
 def test_a_placement_or_a_model_that_a_layout_cannot_say_is_refused():

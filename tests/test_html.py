@@ -17,6 +17,7 @@ import urllib.parse
 import zlib
 from typing import Any
 
+import numpy as np
 import pytest
 
 from adaptis.program import Compute, Op
@@ -61,8 +62,8 @@ def run(page: str, folder, *flags: str, calls: list | None = None) -> str:
     return subprocess.run(command, capture_output=True, check=True, timeout=60).stdout.decode()
 
 
-def ask(page: str, folder, *calls: list) -> list[Any]:
-    dom = run(page, folder, "--dump-dom", calls=list(calls))
+def ask(page: str, folder, *calls: list, flags: tuple[str, ...] = ()) -> list[Any]:
+    dom = run(page, folder, "--dump-dom", *flags, calls=list(calls))
     match = re.search(r'<pre id="selftest">(.*?)</pre>', dom, re.S)
     assert match, dom[-500:]
     answers = json.loads(markup.unescape(match[1]))
@@ -217,6 +218,25 @@ def test_wheel_drag_keys_and_double_click_move_the_view(tmp_path):
     assert key["to"] - key["from"] == pytest.approx(length / 1.5)
     assert left["from"] < key["from"]
     assert (back["from"], back["to"]) == (0, 0.1)
+
+
+@pytest.mark.parametrize("ratio", [1, 1.5])
+def test_a_drag_moves_a_dense_picture_and_paints_only_what_comes_into_view(tmp_path, ratio):
+    timeline = large(8, 1000)
+    times = np.linspace(0, timeline.step, 500)
+    curve = (times, 1e9 * (1 + np.sin(40 * times)))
+    rendered = html.render([dataclasses.replace(timeline, memory=(curve,) * 8)])
+    moves = [["drag", 0, 500, 493], ["drag", 0, 400, 650], ["drag", 0, 900, 560]]
+    calls = [["wheel", 0, 700, 60, -500], ["moved", 0]]
+    calls += [call for move in moves for call in (move, ["moved", 0])]
+    flag = f"--force-device-scale-factor={ratio}"
+    _, whole, _, little, _, back, _, on = ask(rendered, tmp_path, *calls, flags=(flag,))
+    assert whole[0] > 900
+    # Chromium takes the place of an event that was made up as one in pixels of the screen.
+    painted = [answer[0] for answer in (little, back, on)]
+    assert painted == pytest.approx([7, 250, 340], abs=4)
+    for _, different in (little, back, on):  # rounding may turn over the end of a share
+        assert different < 1e-4 * whole[0] * 8 * 28
 
 
 def test_charts_show_the_colours_of_the_operations_on_one_axis(tmp_path):

@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 from random_plans import schedule_plan, uniform_profile
 
+from adaptis.check import check
 from adaptis.cluster import Cluster, Device, Link, uniform
-from adaptis.notation import parse_order
+from adaptis.costs import price
+from adaptis.notation import parse_order, parse_program
 from adaptis.plan import Plan, Stage
 from adaptis.profile import Shared
-from adaptis.simulate import simulate_plan
+from adaptis.simulate import simulate, simulate_plan
 from adaptis.workload import Workload
 
 TWO = (Device(), Device())
@@ -214,6 +216,44 @@ def test_a_sharded_head_holds_its_input_and_its_part(reductions):
     # Device 0: 2 of F; from S to T the input of 100 and half of the head's 2; and the gradient that
     # 0B0 reads, whose receive is posted before S. Device 1: the output of 0F0 goes with 1F0.
     assert head_plan(reductions, memory=True).peak_bytes == (2 + 101 + 100, 2 + 101)
+
+
+def test_the_copy_of_a_heads_input_is_held_from_the_posting_of_its_take_until_t():
+    # 0F0 takes 2 and the copy, whose TAKE stands before it; S 1 and the gradient that comes for
+    # 0B0. T gives back 1 and the copy, 0B0 the rest.
+    held = head_plan(1, memory=True).memory[0][1]
+    assert held.tolist() == [0, 102, 102, 203, 203, 203, 102, 102, 0]
+
+
+def test_the_input_of_a_sharded_head_is_handed_out_as_soon_as_it_is_there():
+    program = parse_program(
+        "stages 0 1; microbatches 2; reductions 1\n"
+        "device 0 | 0F0 0SEND_F0 0F1 0SEND_F1 2TAKE_F0 2S0 2SUM_S0 2TAKE_F1 2S1 2SUM_S1"
+        " 0RECV_B0 0B0 2T0 0RECV_B1 0B1 2T1 STEP\n"
+        "device 1 | 1RECV_F0 1F0 2SHARE_F0 2S0 2SUM_S0 1RECV_F1 1F1 2SHARE_F1 2S1 2SUM_S1"
+        " 1B0 1SEND_B0 2T0 1B1 1SEND_B1 2T1 STEP\n"
+    )
+    check(program)
+    plan = Plan(2, (stage(0), stage(1, 1)), ((), ()), head_reductions=1)
+    costs = price(plan, uniform_profile(3, output_bytes=100), HEAD)
+    timeline = simulate(program, costs, Workload((1.0, 4.0)))
+    # 1F0 ends at 3.25, its output is on device 0 at 4.5, where 0F1 runs from 1 to 5.
+    assert spans(timeline, 1)["1F0"] == (2.25, 3.25)
+    assert spans(timeline, 0)["2S0"] == (5.0, 6.0)
+
+
+def test_each_device_sums_its_part_of_a_sharded_head_over_the_replicas():
+    profile = uniform_profile(3)
+    head = replace(profile.layers[2], parameter_bytes=400)
+    profile = replace(profile, layers=(*profile.layers[:2], head))
+    orders = "0F0 2S0 0B0 2T0", "1F0 2S0 1B0 2T0"
+    stages = [stage(0), stage(1, 1)]
+    plan = make(stages, *orders, microbatches=1, head_reductions=1, replicas=2)
+    cluster = Cluster(TWO, between_replicas=Link(0.0, 100.0))
+    timeline = simulate_plan(plan, profile, cluster)
+    # F 0-1, 1-2; S to 3; 1B0 to 5; 0B0 to 7, T to 7.5; two rounds of 200 / 2 bytes.
+    assert timeline.makespan == 7.5
+    assert timeline.step == 7.5 + 2
 
 
 def test_a_pass_of_a_sharded_head_hides_nothing_in_a_fused_pair():

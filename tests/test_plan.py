@@ -133,6 +133,15 @@ def test_what_every_plan_has_may_not_be_missing(key):
         plan_from_json({k: v for k, v in MINIMAL.items() if k != key})
 
 
+def test_a_stage_is_not_both_recomputed_and_offloaded():
+    stages = [{"layers": [0, 3], "device": 0, "recompute": True, "offload": True}]
+    sentence = r"the stage of layers \[0, 3\) is to be recomputed and offloaded, .* choose one"
+    with pytest.raises(PlanError, match=rf"^here\.json: stages\[0\]: {sentence}"):
+        plan_from_json(MINIMAL | {"stages": stages}, "here.json")
+    with pytest.raises(PlanError, match=f"^{sentence}"):
+        Stage(0, 3, 0, recompute=True, offload=True)
+
+
 def test_a_plan_for_more_layers_is_refused():
     with pytest.raises(PlanError, match="the plan covers 3 layers, but uniform has 5; make a plan"):
         plan_from_json(MINIMAL).fits(uniform_profile(5))

@@ -7,7 +7,7 @@ import io
 import json
 import re
 import xml.etree.ElementTree as ET
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from adaptis.program import OPS, Compute, Kind, Op
 from adaptis.report import chrome, html, palette, png, svg, text
 from adaptis.report.pack import pack
 from adaptis.report.raster import shares
-from adaptis.report.scene import Boxes, Text, _width, make_scene
+from adaptis.report.scene import ROW, Boxes, Text, _width, make_scene
 from adaptis.timeline import CAUSES, Timeline, Transfer, from_rows, timeline_to_json
 
 F, B, B_INPUT, B_WEIGHT, R, S, T = OPS
@@ -172,11 +172,46 @@ def test_stages_of_a_device_have_different_colours_with_readable_labels():
         assert all(contrast(fill, palette.ink(fill)) > 3 for fill in fills)
 
 
+def linear(colour: str) -> np.ndarray:
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    return np.array([c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels])
+
+
+# How linear red, green and blue look without one of the three kinds of cones: Machado, Oliveira
+# and Fernandes, "A Physiologically-based Model for Simulation of Color Vision Deficiency", 2009.
+EYES = {
+    "all cones": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "protanopia": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    "deuteranopia": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+    "tritanopia": [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
+}
+XYZ = np.array([[0.4125, 0.3576, 0.1804], [0.2127, 0.7152, 0.0722], [0.0193, 0.1192, 0.9503]])
+
+
+def cielab(colour: str, eyes: list[list[float]]) -> np.ndarray:
+    x, y, z = XYZ @ np.clip(np.array(eyes) @ linear(colour), 0, 1) / XYZ.sum(axis=1)
+    f = [np.cbrt(t) if t > 216 / 24389 else (24389 / 27 * t + 16) / 116 for t in (x, y, z)]
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("eyes", EYES)
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {**palette.COLOURS, "idle": ROW},
+        {"busy": palette.BUSY, **palette.CAUSE_COLOURS},
+    ],
+    ids=["operations", "times"],
+)
+def test_colours_that_stand_side_by_side_are_told_apart_without_all_cones(beside, eyes):
+    places = {name: cielab(colour, EYES[eyes]) for name, colour in beside.items()}
+    for one, other in combinations(places, 2):
+        assert np.linalg.norm(places[one] - places[other]) >= 25, f"{one} and {other}"
+
+
 def contrast(one: str, other: str) -> float:
     def luminance(colour: str) -> float:
-        channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-        return float(np.dot((0.2126, 0.7152, 0.0722), linear))
+        return float(np.dot((0.2126, 0.7152, 0.0722), linear(colour)))
 
     dark, light = sorted((luminance(one), luminance(other)))
     return (light + 0.05) / (dark + 0.05)

@@ -1,5 +1,6 @@
 """The performance model against a second opinion, and what must hold whatever the costs."""
 
+import json
 import math
 import os
 import subprocess
@@ -27,7 +28,7 @@ from random_plans import (
 from adaptis.check import check
 from adaptis.cluster import Cluster, Device, Link, uniform
 from adaptis.costs import price
-from adaptis.errors import Error, PlanError, ProgramError
+from adaptis.errors import Error, InputError, PlanError, ProgramError
 from adaptis.lower import lower
 from adaptis.notation import parse_order
 from adaptis.plan import Plan, Stage
@@ -38,6 +39,7 @@ from adaptis.schedules.shape import Shape
 from adaptis.search.instance import make_instance
 from adaptis.search.instance import price as search_price
 from adaptis.simulate import simulate, simulate_plan
+from adaptis.timeline import timeline_from_json, timeline_to_json
 from adaptis.workload import Workload
 
 PROFILES = Path(__file__).parent / "data" / "profiles"
@@ -334,6 +336,35 @@ def test_a_device_holds_a_shared_parameter_once():
             tables.static.tolist()
             == price(Plan(1, stages, ((), ())), profile, uniform(2)).static_bytes.tolist()
         )
+
+
+def fused_timeline():
+    order = parse_order(["0F0", "(0F1;0B0)OVERLAP_F_B", "0B1"], "")
+    plan = Plan(2, (Stage(0, 1, 0),), (order,))
+    return simulate_plan(plan, uniform_profile(1, overlapped=0.5), uniform(1))
+
+
+def test_a_timeline_keeps_its_fused_pairs_in_its_file():
+    value = json.loads(json.dumps(timeline_to_json(fused_timeline())))
+    assert value["fused"] == [[1, 2]]
+    assert timeline_from_json(value).partner.tolist() == [-1, 2, 1, -1]
+    del value["fused"]  # as older files are
+    assert timeline_from_json(value).partner is None
+
+
+@settings(max_examples=100)
+@given(seed=seeds)
+def test_a_timeline_from_its_file_has_the_same_idle_time_by_cause(seed):
+    _, timeline = both(seed)
+    assert timeline_from_json(timeline_to_json(timeline)).bubbles() == timeline.bubbles()
+
+
+@pytest.mark.parametrize(
+    "fused", [[[1]], [[2, 1]], [[1, 4]], [[-1, 0]], [[1, True]], [1], [[1, 2], [2, 3]], [[1, 1.5]]]
+)
+def test_a_fused_pair_that_is_none_is_refused(fused):
+    with pytest.raises(InputError, match=r"^here: fused\[\d\]: .* is no pair of two rows"):
+        timeline_from_json(timeline_to_json(fused_timeline()) | {"fused": fused}, "here")
 
 
 def test_a_small_plan_is_simulated_without_compiled_code():

@@ -47,6 +47,7 @@ RIVER = (
     "jobs",
     "demo",
     "options",
+    "cli_plan",
     "cli_exchange",
     "cli",
 )

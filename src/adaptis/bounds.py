@@ -1,23 +1,27 @@
 """What no plan can beat, whatever its partition, placement and order: the measure of every result.
 
-Each bound holds under the simulator's semantics, overheads included, transfers at 0 seconds. Memory
-is not looked at.
+Each bound holds under the simulator's semantics, overheads included, transfers at 0 seconds.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from adaptis.packing import fairest
+from adaptis.workload import even
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from adaptis.cluster import Cluster
     from adaptis.profile import Profile
+    from adaptis.workload import Workload
+
+    Floats = NDArray[np.float64]
 
 
 ROUNDING = 1e-9  # bounds and simulations add in different orders
@@ -54,36 +58,83 @@ class Bounds:
         return gap if gap > ROUNDING else 0.0
 
 
-def lower_bounds(profile: Profile, cluster: Cluster, num_microbatches: int) -> Bounds:
-    """The bounds on a step of `num_microbatches` equal micro-batches."""
-    layers, extra, m = profile.layers, profile.overheads, num_microbatches
-    forward = np.array([layer.forward for layer in layers])
-    # A stage may run B, or I and W: the cheaper, layer by layer, is below both.
-    back = np.array([min(x.backward, x.backward_input + x.backward_weight) for x in layers])
-    first = np.array(
-        [min(x.backward, x.backward_input) for x in layers]
-    )  # before the gradient can go on
-    extra_back = min(extra.backward, extra.backward_input + extra.backward_weight)
-    extra_first = min(extra.backward, extra.backward_input)
+def lower_bounds(
+    profile: Profile, cluster: Cluster, workload: Workload | int, shard_head: str = "never"
+) -> Bounds:
+    """The bounds on a step of `workload`, or of so many equal micro-batches.
+
+    `shard_head` says whether the last layer may ("auto"), must ("always") or must not ("never") be
+    dealt out to all devices.
+    """
+    weights = np.array((even(workload) if isinstance(workload, int) else workload).weights)
+    whole = _bounds(_costs(profile, cluster, weights, 0), cluster)
+    if shard_head == "never":
+        return whole
+    sharded = _bounds(_costs(profile, cluster, weights, 1), cluster)
+    return sharded if shard_head == "always" else min(whole, sharded, key=lambda b: b.value)
+
+
+class _Costs(NamedTuple):
+    """Seconds at speed 1 of the layers that stages consist of, for a micro-batch of weight 1."""
+
+    names: list[str]
+    weights: Floats  # (m,)
+    forward: Floats
+    back: Floats  # all of the backward
+    first: Floats  # what of it comes before the gradient can go on
+    extra: tuple[float, float, float]  # overheads of the three
+    part: float  # seconds of one device's part of a sharded head, each micro-batch
+    part_first: float  # of S, before the gradient can go back
+    update: float
+    saved: Floats  # bytes
+    state: float  # bytes that all devices hold together
+
+
+def _costs(profile: Profile, cluster: Cluster, weights: Floats, shared: int) -> _Costs:
+    """`shared` is 1 where the last layer is sharded."""
+    extra, p = profile.overheads, cluster.num_devices
+    layers, head = profile.layers[: profile.num_layers - shared], profile.layers[-1]
+    scores = (head.forward + head.backward_input) / p + extra.forward
+    gradient = head.backward_weight / p + extra.backward_weight
+    twice = sum((len(s.layers) - 1) * profile.shared_state(s) for s in profile.shared)
+    return _Costs(
+        names=[layer.name for layer in layers],
+        weights=weights,
+        forward=np.array([layer.forward for layer in layers]),
+        # A stage may run B, or I and W: the cheaper, layer by layer, is below both.
+        back=np.array([min(x.backward, x.backward_input + x.backward_weight) for x in layers]),
+        first=np.array([min(x.backward, x.backward_input) for x in layers]),
+        extra=(
+            extra.forward,
+            min(extra.backward, extra.backward_input + extra.backward_weight),
+            min(extra.backward, extra.backward_input),
+        ),
+        part=shared * (scores + gradient),
+        part_first=shared * scores,
+        update=sum(layer.update for layer in profile.layers),
+        saved=np.array([layer.saved_bytes for layer in layers], dtype=np.float64),
+        state=sum(layer.state_bytes for layer in profile.layers) - twice,
+    )
+
+
+def _bounds(costs: _Costs, cluster: Cluster) -> Bounds:
+    m, extra, least = float(costs.weights.sum()), sum(costs.extra[:2]), float(costs.weights.min())
     speeds = np.sort([device.speed for device in cluster.devices])[::-1]
-    update = sum(layer.update for layer in layers)
-    reach = np.concatenate([[0.0], np.cumsum(forward)[:-1]])  # F of all layers before
-    work = _work(
-        m * float((forward + back).sum()) + update, m * (extra.forward + extra_back), speeds
+    # F of all layers before, of the smallest micro-batch
+    reach = least * np.concatenate([[0.0], np.cumsum(costs.forward)[:-1]])
+    total = m * float((costs.forward + costs.back).sum()) + costs.update
+    total += m * costs.part * len(speeds)
+    work = _work(total, m * extra, speeds)
+    mean = max(float(np.min(work / _used(speeds, costs))), 0.0)
+    fill = _fill(work, reach, costs, speeds)
+    at, heavy = _heaviest(costs, reach)
+    share = (
+        m * float(costs.forward[at] + costs.back[at]) * len(speeds) / work[0] if work[0] else 0.0
     )
-    fill = _fill(work, reach, extra.forward, speeds)
+    fair = _packing(costs, reach, cluster)
+    path = float((costs.forward + costs.first).sum()) + costs.extra[0] + costs.extra[2]
+    memory = _memory(costs, cluster, mean * float(speeds.sum()))
     fastest = float(speeds[0])
-    whole = m * (forward + back + extra.forward + extra_back) + reach
-    inside = m * (forward + first + extra.forward + extra_first) + reach
-    inside += np.concatenate([[0.0], np.cumsum(first)[:-1]])
-    heavy = np.maximum(whole, inside) / fastest
-    at = int(np.argmax(heavy))
-    share = m * float(forward[at] + back[at]) * len(speeds) / work[0] if work[0] else 0.0
-    fair = _packing(
-        m * (forward + back), m * (extra.forward + extra_back), reach, extra.forward, cluster
-    )
-    path = float((forward + first).sum()) + extra.forward + extra_first
-    mean = max(float(np.min(work / np.cumsum(speeds))), 0.0)
     return Bounds(
         (
             Bound(
@@ -96,8 +147,8 @@ def lower_bounds(profile: Profile, cluster: Cluster, num_microbatches: int) -> B
             ),
             Bound(
                 "layer",
-                float(heavy[at]),
-                f"{layers[at].name} alone is {share:.2f}x the average device's work, indivisible",
+                heavy / fastest,
+                f"{costs.names[at]} alone is {share:.2f}x the average device's work, indivisible",
             ),
             Bound(
                 "packing",
@@ -106,49 +157,93 @@ def lower_bounds(profile: Profile, cluster: Cluster, num_microbatches: int) -> B
             ),
             Bound(
                 "path",
-                path / fastest,
+                float(costs.weights.max()) * (path + costs.part_first) / fastest,
                 "one micro-batch goes through all layers, forward and backward",
+            ),
+            Bound(
+                "memory",
+                memory,
+                "activations need more room, or recomputation more time, than there is",
             ),
         )
     )
 
 
-def _work(total: float, per_device: float, speeds: NDArray[np.float64]) -> NDArray[np.float64]:
+def _used(speeds: Floats, costs: _Costs) -> Floats:
+    """The speed of 1, 2, ... devices; all of them have parts of a sharded head."""
+    return np.full(len(speeds), speeds.sum()) if costs.part else np.cumsum(speeds)
+
+
+def _heaviest(costs: _Costs, reach: Floats) -> tuple[int, float]:
+    """The layer that keeps its device longest, and for how many seconds, from the step's start."""
+    m, least = costs.weights.sum(), costs.weights.min()
+    forward, back, first = costs.extra
+    whole = m * (costs.forward + costs.back + forward + back) + reach
+    inside = m * (costs.forward + costs.first + forward + first) + reach
+    inside += least * np.concatenate([[0.0], np.cumsum(costs.first)[:-1]])
+    heavy = np.maximum(whole, inside) + m * costs.part
+    at = int(np.argmax(heavy))
+    return at, float(heavy[at])
+
+
+def _work(total: float, per_device: float, speeds: Floats) -> Floats:
     """Seconds at speed 1 if 1, 2, ... devices are used: each runs at least one stage."""
     return np.asarray(total + per_device * np.arange(1, len(speeds) + 1), dtype=np.float64)
 
 
-def _fill(
-    work: NDArray[np.float64],
-    reach: NDArray[np.float64],
-    extra: float,
-    speeds: NDArray[np.float64],
-) -> float:
+def _fill(work: Floats, reach: Floats, costs: _Costs, speeds: Floats) -> float:
     """Work, and the time until each device has something to do.
 
     A device begins with F of some stage, after F of all layers before it; stages begin with
     different layers. So the k-th device to begin waits for k layers at least, and with k devices,
-    sum of speed x (T - wait) >= work.
+    sum of speed x (T - wait) >= work. Parts of a sharded head begin later than any stage.
     """
-    starts = np.sort(reach + extra * (np.arange(len(reach)) > 0)) / speeds[0]
+    once = costs.extra[0] * costs.weights.min()
+    starts = np.sort(reach + once * (np.arange(len(reach)) > 0)) / speeds[0]
     best = np.inf
     for used in range(1, min(len(speeds), len(starts)) + 1):
-        waits = float((speeds[:used] * starts[:used]).sum())
-        best = min(best, (float(work[used - 1]) + waits) / float(speeds[:used].sum()))
+        waiting = min(len(speeds), len(starts)) if costs.part else used
+        waits = float((speeds[:waiting] * starts[:waiting]).sum())
+        best = min(best, (float(work[used - 1]) + waits) / float(_used(speeds, costs)[used - 1]))
     return best
 
 
-def _packing(
-    work: NDArray[np.float64],
-    per_device: float,
-    reach: NDArray[np.float64],
-    extra: float,
-    cluster: Cluster,
-) -> float:
+def _packing(costs: _Costs, reach: Floats, cluster: Cluster) -> float:
     """The fairest deal of whole layers; on equal devices the k-th to begin waits for k layers."""
+    m, once = costs.weights.sum(), costs.extra[0] * costs.weights.min()
     slowness = np.array([1.0 / device.speed for device in cluster.devices])
     waits = np.zeros(len(slowness))
     if np.ptp(slowness) == 0:
-        starts = (reach + extra * (np.arange(len(reach)) > 0)) * slowness[0]
+        starts = (reach + once * (np.arange(len(reach)) > 0)) * slowness[0]
         waits[: len(starts)] = starts[: len(waits)]
-    return fairest(work, slowness, waits, per_device)
+    waits += m * costs.part * slowness
+    work = m * (costs.forward + costs.back)
+    return fairest(work, slowness, waits, m * sum(costs.extra[:2]))
+
+
+def _memory(costs: _Costs, cluster: Cluster, work: float) -> float:
+    """Byte-seconds of activations against those that the devices have in a step.
+
+    A layer's activations live at least until the micro-batch has gone on to the end and come back;
+    a recomputed layer's while it computes, but it computes F once more. Which layers to recompute
+    is a fractional knapsack: those that free most byte-seconds for each second of work, until both
+    bounds meet.
+    """
+    speeds = [device.speed for device in cluster.devices]
+    room = sum(device.memory_bytes for device in cluster.devices) - costs.state
+    if not 0 < room < math.inf:
+        return 0.0
+    m, fastest = costs.weights.sum(), max(speeds)
+    square = (costs.weights**2).sum()  # both bytes and seconds grow with the weight
+    short = (costs.forward + costs.first) / fastest
+    stay = np.cumsum(short[::-1])[::-1]
+    seconds, busy = float((costs.saved * stay).sum()) * square / room, work / sum(speeds)
+    gain = square * costs.saved * (stay - short) / room
+    price = m * costs.forward / sum(speeds)
+    for k in np.argsort(-gain / np.maximum(price, 1e-300), kind="stable"):
+        if seconds <= busy or gain[k] <= 0:
+            break
+        part = min(1.0, (seconds - busy) / float(gain[k] + price[k]))
+        seconds -= part * float(gain[k])
+        busy += part * float(price[k])
+    return seconds

@@ -13,23 +13,20 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
-from adaptis import cli_exchange
+from adaptis import cli_exchange, cli_plan
 from adaptis.errors import Error, InputError
 from adaptis.options import (
     ClusterFile,
-    Devices,
     Json,
     Memory,
-    Microbatches,
     PlanFile,
     ProfileFile,
     Seconds,
     Seed,
-    ShardHead,
     emit,
     flags,
     next_command,
@@ -167,98 +164,8 @@ def profile(
     next_command("plan", output, *flags(cluster=beside), "-o", "plan.json")
 
 
-@app.command()
-def plan(
-    file: ProfileFile,
-    devices: Devices = None,
-    microbatches: Microbatches = None,
-    cluster_file: ClusterFile = None,
-    memory_gib: Memory = None,
-    seconds: Seconds = 10.0,
-    seed: Seed = 0,
-    shard_head: ShardHead = "auto",
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Where to write the plan.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Find the fastest plan.
-
-    Example: adaptis plan profile.json --devices 4 --microbatches 8 -o plan.json
-    """
-    from adaptis.comparison import figures
-    from adaptis.console import Reporter, draw_timeline, line
-    from adaptis.jobs import above_zero, check_file, setting
-    from adaptis.plan import save_plan
-    from adaptis.search import Stop, search
-
-    found, cluster, count = setting(
-        file, devices, microbatches, cluster_file, memory_gib, shard_head
-    )
-    above_zero("--seconds", seconds)
-    check_file(output)
-    with Reporter(plans=True) as reporter:
-
-        def progress(state: Any) -> None:
-            values = {name: getattr(state, name) for name in ("best", "gap", "seconds")}
-            reporter.say("planning", values | {"limit": seconds})
-
-        answer = search(found, cluster, count, Stop(seconds=seconds), seed=seed, progress=progress)
-    if output is not None:
-        save_plan(answer.plan, output)
-    result = figures(answer.timeline) | {
-        "lower_bound_seconds": answer.lower_bound.value,
-        "gap": answer.gap,
-        "search_seconds": answer.seconds,
-        "evaluated": answer.evaluated,
-    }
-    if not emit(result, as_json):
-        line(f"{found.model} on {cluster.describe()}, {count} micro-batches")
-        for text in answer.explain():
-            line(text)
-        draw_timeline(answer.timeline)
-    machine = flags(cluster=cluster_file, memory_gib=memory_gib)
-    if output is not None:
-        next_command("simulate", file, output, *machine)
-    else:
-        given = flags(devices=devices, microbatches=microbatches)
-        next_command("plan", file, *given, *machine, "-o", "plan.json")
-
-
-@app.command()
-def compare(
-    file: ProfileFile,
-    devices: Devices = None,
-    microbatches: Microbatches = None,
-    cluster_file: ClusterFile = None,
-    memory_gib: Memory = None,
-    seconds: Seconds = 10.0,
-    seed: Seed = 0,
-    shard_head: ShardHead = "auto",
-    as_json: Json = False,
-) -> None:
-    """Every schedule beside the plan, with the lower bound.
-
-    Example: adaptis compare profile.json --devices 4 --microbatches 8
-    """
-    from adaptis.comparison import compare_all
-    from adaptis.console import Reporter, show_comparison
-    from adaptis.jobs import above_zero, setting
-
-    found, cluster, count = setting(
-        file, devices, microbatches, cluster_file, memory_gib, shard_head
-    )
-    above_zero("--seconds", seconds)
-    with Reporter(plans=True) as reporter:
-        result = compare_all(
-            found, cluster, count, search_seconds=seconds, seed=seed, say=reporter.say
-        )
-    if not emit(result, as_json):
-        show_comparison(result, f"{found.model} on {cluster.describe()}, {count} micro-batches")
-    given = flags(
-        devices=devices, microbatches=microbatches, cluster=cluster_file, memory_gib=memory_gib
-    )
-    next_command("plan", file, *given, "-o", "plan.json")
+app.command("plan")(cli_plan.plan)
+app.command("compare")(cli_plan.compare)
 
 
 @app.command()

@@ -26,6 +26,7 @@ _USES = {  # what `export` can write, and what to do with the file
     "octopipe": "give {file} to OctoPipe as its configuration",
     "text": "read {file}: one line a device",
 }
+_WHOLE = ("torch-comms", "text")  # say all that a plan says of its stages
 _SUFFIXES = {"torch": "csv", "torch-comms": "csv", "octopipe": "yaml"} | dict.fromkeys(
     ("torchtitan", "automodel", "deepspeed"), "json"
 )
@@ -50,6 +51,7 @@ def export(
     """
     from adaptis.check import check
     from adaptis.console import warn
+    from adaptis.exchange.orders import lost
     from adaptis.files import write_text
     from adaptis.jobs import check_file
     from adaptis.lower import lower
@@ -67,8 +69,14 @@ def export(
     text = _written(plan, target, profile, csv)
     if output is not None:
         write_text(output, text)
-    if not emit({"to": target, "output": str(output) if output else None, "text": text}, as_json):
+    result = {"to": target, "output": str(output) if output else None, "text": text}
+    note = "" if target in _WHOLE else lost(plan)
+    if note:
+        result["note"] = note
+    if not emit(result, as_json):
         sys.stdout.write(text if output is None else f"{plan_file} for {target}: {output}\n")
+    if note:
+        warn(f"note: {note}")
     if target == "torch-comms" and not _blocking(plan):
         warn("note: on NCCL these transfers can wait for each other; with --to torch they cannot")
     if output is not None:

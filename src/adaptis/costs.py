@@ -71,7 +71,7 @@ class StageCosts:
     copy: Floats  # (S,) seconds from the device to the host, or back, without the latency
     copy_latency: float
     gather: Floats  # (S,) seconds to make a sharded stage's parameters whole
-    reduce: Floats  # (S,) seconds to sum its gradients over copies and replicas
+    reduce: Floats  # (S + 1,) seconds to sum its gradients over copies and replicas; last: head
     whole: Floats  # (S,) bytes that gathering takes
     head: Head  # where it is sharded
     static_bytes: Floats  # (D,) parameters, gradients, optimizer, workspace
@@ -141,7 +141,7 @@ def price(plan: Plan, profile: Profile, cluster: Cluster) -> StageCosts:
         copy=saved / cluster.host.bandwidth,
         copy_latency=cluster.host.latency,
         gather=np.array([_ring(cluster.between_replicas, b, plan.replicas, 1) for b in parameters]),
-        reduce=_reductions(plan, parameters, cluster),
+        reduce=_reductions(plan, profile, parameters, cluster),
         whole=parameters,
         head=head,
         static_bytes=_static(plan, profile, cluster, total("state_bytes")),
@@ -184,15 +184,21 @@ def _ring(link: Link, num_bytes: float, members: int, rounds: int) -> float:
     return rounds * (members - 1) * (link.latency + num_bytes / members / link.bandwidth)
 
 
-def _reductions(plan: Plan, parameters: Floats, cluster: Cluster) -> Floats:
-    """(S,) first the sum with the stage's other copies, then with the replicas."""
+def _reductions(plan: Plan, profile: Profile, parameters: Floats, cluster: Cluster) -> Floats:
+    """(S + 1,) first the sum with the stage's other copies, then with the replicas.
+
+    The last one is for a device's part of a sharded head.
+    """
     length = len(plan.stages) // plan.copies
-    result = np.zeros(len(plan.stages))
+    result = np.zeros(len(plan.stages) + 1)
     for s, stage in enumerate(plan.stages):
         homes = {twin.device for twin in plan.stages[s % length :: length]}
         rounds = 1 if stage.sharded else 2
         result[s] = 2 * _slowest(cluster, sorted(homes), parameters[s])
         result[s] += _ring(cluster.between_replicas, parameters[s], plan.replicas, rounds)
+    if plan.head_reductions:
+        part = profile.layers[-1].parameter_bytes / cluster.num_devices
+        result[-1] = _ring(cluster.between_replicas, part, plan.replicas, 2)
     return result
 
 
@@ -393,7 +399,8 @@ def _price_beside(rows: Rows, costs: StageCosts, heavy: Floats, table: Floats, f
 def _bytes(rows: Rows, costs: StageCosts, heavy: Floats) -> tuple[Floats, Floats]:
     """What each computation takes at its start and gives back at its end.
 
-    A received value is held from the moment its receive is posted to the end of its reader.
+    A received value is held from the moment its receive is posted to the end of its reader, the
+    input of a sharded head to the end of T.
     """
     columns, n = rows.columns, rows.num_computations
     op, stage = columns.op, columns.stage
@@ -406,6 +413,10 @@ def _bytes(rows: Rows, costs: StageCosts, heavy: Floats) -> tuple[Floats, Floats
     size = size * heavy[received]
     np.add.at(taken, columns.posted[received], size)
     freed[received] += size
+    taking = np.flatnonzero((op == S) & (columns.posted >= 0))
+    size = costs.head.input * heavy[taking]
+    np.add.at(taken, columns.posted[taking], size)
+    taken[taking] -= size  # T gives it back, and S has no more to take
     one = np.flatnonzero(columns.partner > np.arange(n))
     two = columns.partner[one]
     taken[one] += taken[two]  # a fused pair is one instruction: both parts are there throughout

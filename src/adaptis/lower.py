@@ -251,14 +251,14 @@ def _place_gathers(
 
 
 def _place_reductions(computes: Computes, after: Placed) -> set[int]:
-    """The gradients of a stage are summed as soon as its last backward has ended.
+    """The gradients of a stage, or of a part of the head, are summed after its last backward.
 
     Returns the stages.
     """
     last = {
         c.stage: position
         for position, c in computes
-        if c.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT, Op.BACKWARD_INPUT)
+        if c.op in (Op.BACKWARD, Op.BACKWARD_WEIGHT, Op.BACKWARD_INPUT, Op.SCORES_GRADIENT)
     }
     for stage, position in last.items():
         after[position].append(Shard(Sharding.REDUCE, stage))

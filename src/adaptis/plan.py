@@ -39,6 +39,14 @@ class Stage:
     offload: bool = False  # send what F saves to the host's memory until the backward
     sharded: bool = False  # its parameters lie in parts on the replicas, and are gathered for use
 
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself."""
+        if self.recompute and self.offload:
+            raise PlanError(
+                f"the stage of layers [{self.start}, {self.stop}) is to be recomputed and "
+                f"offloaded, but what is recomputed is not kept; choose one of the two"
+            )
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -184,9 +192,11 @@ def _stage(entry: Fields, num_devices: int) -> Stage:
     if device >= num_devices:
         raise PlanError(f"{entry.where}: device {device} has no program, there are {num_devices}")
     flags = {name: entry.take(name, bool, False) for name in ("recompute", "offload", "sharded")}
-    stage = Stage(layers[0], layers[1], device, **flags)
     entry.done()
-    return stage
+    try:
+        return Stage(layers[0], layers[1], device, **flags)
+    except PlanError as error:
+        raise PlanError(f"{entry.where}: {error}") from None
 
 
 def _covers(plan: Plan, where: str) -> None:

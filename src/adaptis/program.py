@@ -163,12 +163,12 @@ class Sharding(StrEnum):
 
     GATHER = "UNSHARD"  # make the whole parameters of a sharded stage; who reads them waits
     FREE = "RESHARD"  # forget them
-    REDUCE = "REDUCE_GRAD"  # sum the gradients over copies and replicas; the step waits
+    REDUCE = "REDUCE_GRAD"  # sum the gradients, or the head's part, over copies and replicas
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One of these for one stage."""
+    """One of these for one stage; of a sharded head REDUCE alone, on each device."""
 
     what: Sharding
     stage: int

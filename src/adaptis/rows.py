@@ -346,7 +346,7 @@ def _beside(columns: Columns, layout: Layout, begins: Ints, ends: Ints, first: i
             edges += [(int(begins[reader]), row) for reader in readers.of(extra) if reader >= 0]
         if extra.code == RELOAD:
             edges.append((row, number[key(extra._replace(code=OFFLOAD))]))
-        if extra.code == REDUCE:
+        if extra.code == REDUCE and layout.copies > 1:
             twins = [e for e in columns.extras if e.code == REDUCE and e.behind >= 0]
             same = extra.stage % layout.length
             edges += [(row, int(ends[e.behind])) for e in twins if e.stage % layout.length == same]

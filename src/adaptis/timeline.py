@@ -188,6 +188,8 @@ def timeline_to_json(timeline: Timeline) -> dict[str, Any]:
     Replay the plan for them.
     """
     rare = {"copies": timeline.copies, "reductions": timeline.reductions}
+    partner = [] if timeline.partner is None else timeline.partner.tolist()
+    fused = [[one, two] for one, two in enumerate(partner) if two > one]
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -200,6 +202,7 @@ def timeline_to_json(timeline: Timeline) -> dict[str, Any]:
         "peak_bytes": list(timeline.peak_bytes),
         "notes": timeline.notes,
         "devices": [_row_list(timeline, d) for d in range(timeline.num_devices)],
+        **({"fused": fused} if fused else {}),  # rows, numbered through all devices
     }
 
 
@@ -256,11 +259,33 @@ def timeline_from_json(value: dict[str, Any], where: str = "timeline") -> Timeli
         peak_bytes=tuple(peak),
         notes=top.take("notes", dict, {}),
     )
+    fused = top.take("fused", list, [])
     top.done()
     held = np.array([row[3] for device in rows for row in device])
     return replace(
-        timeline, copies=copies, reductions=reductions, held_back=held if held.any() else None
+        timeline,
+        copies=copies,
+        reductions=reductions,
+        partner=_partner(fused, timeline.offsets, where),
+        held_back=held if held.any() else None,
     )
+
+
+def _partner(fused: list[Any], offsets: NDArray[np.int64], where: str) -> NDArray[np.int32] | None:
+    """For each row the other part of its fused pair; None: there are no pairs."""
+    partner = np.full(int(offsets[-1]), -1, np.int32)
+    for index, pair in enumerate(fused):
+        match pair:
+            case [int() as one, int() as two] if 0 <= one < two < len(partner):
+                here, there = np.searchsorted(offsets, (one, two), side="right")
+                if here == there and partner[one] == partner[two] == -1:
+                    partner[one], partner[two] = two, one
+                    continue
+        raise InputError(
+            f"{where}: fused[{index}]: {pair!r} is no pair of two rows of one device, each in "
+            f"one pair only"
+        )
+    return partner if fused else None
 
 
 _Row = tuple[Compute, float, float, float]  # what, from, to, and how long memory held it back

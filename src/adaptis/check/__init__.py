@@ -10,7 +10,8 @@ run of it decides for every interleaving. Three semantics of a transfer:
     buffered    a receive blocks until its value was sent
     rendezvous  both ends block until the other is there, as in a plain blocking runtime
 
-Under all three, who reads what devices made together waits until all of them have joined; joins,
+Under all three, who reads a sum waits until all devices have joined in it, who reads what is handed
+out to all for its SHARE; joins,
 copies and what happens to parameters never block by themselves. The steps wait for all else but
 nothing waits for a step, so they need not be walked. The bytes are known to `simulate` only:
 `check_memory` holds its peaks against what the devices have.

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from adaptis.check.values import Links
     from adaptis.program import Program
 
+_ADDS = (Op.BACKWARD, Op.BACKWARD_WEIGHT, Op.SCORES_GRADIENT)  # to the gradients of parameters
+
 
 def matched(program: Program, links: Links) -> int:
     """How many transfers there are, each with its send and its receive."""
@@ -77,25 +79,27 @@ def together(program: Program, joins: list[list[list[int]]]) -> None:
 
 
 def reduced_last(program: Program) -> None:
-    """The gradients of each stage are summed once, after the last of them."""
-    summed: dict[int, Position] = {}
+    """The gradients of each stage, and of each part of a head, are summed once, after the last."""
+    summed: dict[tuple[int, int], Position] = {}  # by device and stage
     for device, row in enumerate(program.devices):
         for index, instruction in enumerate(row):
             if isinstance(instruction, Shard) and instruction.what is Sharding.REDUCE:
-                if instruction.stage in summed:
-                    first = where(program, summed[instruction.stage])
+                if (device, instruction.stage) in summed:
+                    first = where(program, summed[device, instruction.stage])
                     raise ProgramError(
                         f"{where(program, (device, index))}: was summed before, at {first}"
                     )
-                summed[instruction.stage] = (device, index)
+                summed[device, instruction.stage] = (device, index)
             for compute in parts(instruction):
-                late = compute.op is Op.BACKWARD or compute.op is Op.BACKWARD_WEIGHT
-                if late and compute.stage in summed:
-                    first = where(program, summed[compute.stage])
+                if compute.op in _ADDS and (device, compute.stage) in summed:
+                    first = where(program, summed[device, compute.stage])
                     raise ProgramError(
                         f"{where(program, (device, index))}: adds to gradients that were summed "
                         f"before, at {first}"
                     )
-    for stage in range(program.num_stages):
-        if stage not in summed:
-            raise ProgramError(f"stage {stage}: {stage}REDUCE_GRAD is missing")
+    homes = [*enumerate(program.placement)]
+    if program.layout.reductions:
+        homes += [(program.num_stages, device) for device in range(len(program.devices))]
+    for stage, device in homes:
+        if (device, stage) not in summed:
+            raise ProgramError(f"device {device}: {stage}REDUCE_GRAD is missing")

@@ -17,8 +17,8 @@ class Events:
     """What one device posts and what it waits for, in its order.
 
     A wait's place is the instruction that waits, inverted (~); a post's the one that must have
-    ended. A token names what is waited for: a number above 0 one end of a transfer, one below 0 a
-    group of joins.
+    ended. A token names what is waited for: a number above 0 one end of a transfer, or what is
+    handed out to all; one below 0 a group of joins.
     """
 
     def __init__(self) -> None:

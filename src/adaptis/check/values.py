@@ -71,6 +71,12 @@ class Walk:
                 joins = isinstance(instruction, Join)
                 token = self._join(device, index, instruction) if joins else _HERE
                 self._apply((device, index), rule(instruction), there, token)
+        for stage in self.layout.sharded:
+            if self.rules.number(Value(Kind.PARAMETERS, stage, 0)) in there:
+                raise ProgramError(
+                    f"device {device}: the parameters of stage {stage} are still whole at the end; "
+                    f"{stage}RESHARD is missing behind {stage}UNSHARD"
+                )
 
     def _apply(
         self,
@@ -142,6 +148,11 @@ class Walk:
     def _join(self, device: int, index: int, join: Join) -> int:
         group = _GROUP[join.what]
         self.joins[group][device].append(join.microbatch)
+        if group == 0:  # handed out by one device, which waits for nobody
+            token = 1 + join.microbatch
+            if join.what is Together.SHARE:
+                self.events[device].post(index, token)
+            return token
         token = -1 - group * self.layout.num_microbatches - join.microbatch
         self.events[device].post(index, token)
         return token
@@ -169,7 +180,7 @@ def _misplaced(layout: Layout, device: int, instruction: Join | Copy | Shard) ->
     match instruction:
         case Join(what):
             return _misjoined(layout, device, what, stage)
-        case Shard(what) if stage == num_stages or layout.placement[stage] != device:
+        case Shard() if stage < num_stages and layout.placement[stage] != device:
             return f"stage {stage} is not on device {device}"
         case Shard(Sharding.REDUCE) if not layout.reduced:
             return "there is one copy and one replica: nothing is to be summed"

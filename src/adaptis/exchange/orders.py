@@ -226,6 +226,19 @@ def _in_order(rows: Sequence[Sequence[Found]], places: Places, layout: Layout, w
                 )
 
 
+def lost(plan: Plan) -> str:
+    """What a reader of cut and order alone misses of the stages, as one sentence; "": nothing."""
+    found = []
+    for flag, state in (("recompute", "recomputed"), ("offload", "offloaded"), ("sharded",) * 2):
+        stages = [str(s) for s, stage in enumerate(plan.stages) if getattr(stage, flag)]
+        if stages:
+            verb = "are" if len(stages) > 1 else "is"
+            found.append(f"stage{'s' * (len(stages) > 1)} {', '.join(stages)} {verb} {state}")
+    if not found:
+        return ""
+    return f"this form does not say that {' and that '.join(found)}; set that in the other system"
+
+
 def basic(plan: Plan, reader: str, *, fused: bool) -> None:
     """Refuse a plan for whose decisions `reader` has no word; `fused`: it knows fused pairs.
 

@@ -137,7 +137,9 @@ function listen(chart) {
   front.addEventListener("pointermove", (event) => {
     pointer = { chart, x: event.offsetX, y: event.offsetY };
     if (!held) { hover(); return; }
-    const moved = ((held.x - event.offsetX) / chart.plot) * (held.to - held.from);
+    // By whole columns, so that what is painted can move along.
+    const columns = Math.round(((held.x - event.offsetX) / chart.plot) * chart.columns);
+    const moved = (columns / chart.columns) * (held.to - held.from);
     show(held.from + moved, held.to + moved);
   });
   for (const name of ["pointerup", "pointercancel"]) {
@@ -234,6 +236,16 @@ window.adaptis = {
     }
     show(0, limit);
     return times;
+  },
+  // How many columns painting takes now, and how many pixels differ when all is painted anew.
+  moved: (number) => {
+    const chart = chartOf(number);
+    paint(chart);
+    const { painted, image } = chart;
+    chart.image = null;
+    paint(chart);
+    const found = [chart.image, image].map((one) => new Uint32Array(one.data.buffer));
+    return [painted, found[0].reduce((n, value, i) => n + (value !== found[1][i]), 0)];
   },
   pixel: (number, x, y) => {
     const chart = chartOf(number), context = chart.back.getContext("2d");

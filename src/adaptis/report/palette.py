@@ -1,7 +1,8 @@
 """The colours, names and number forms that all renderers share.
 
-The hues stay apart under the three common forms of colour-blindness (differences in CIELAB of
-25 and more). Several stages of one device differ in shade: the earliest is the darkest.
+The colours of operations, and those of what a device's time goes to, stay apart under the three
+common forms of colour-blindness (differences in CIELAB of 25 and more). Several stages of one
+device differ in shade: the earliest is the darkest.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ NAMES = {
     Op.SCORES_GRADIENT: "head gradient",
 }
 CAUSE_COLOURS = dict(
-    zip(CAUSES, ("#9aa5b4", "#c2418a", "#8e5bb5", "#5d6b7e", "#c5ccd6"), strict=True)
+    zip(CAUSES, ("#7d8aa8", "#de1f38", "#8f3fd0", "#303a52", "#d3d8de"), strict=True)
 )
-BUSY = "#3f8f63"
+BUSY = "#46c07c"
 DARKEST, LIGHTEST = 0.22, 0.45  # how far shades go towards black and towards white
 
 

@@ -252,6 +252,8 @@ function layout(chart) {
     canvas.style.height = `${chart.height}px`;
   }
   chart.plot = Math.max(chart.width - GUTTER - RIGHT, 50);
+  chart.bin = Math.max(1, Math.round(2 * chart.ratio)); // pixels of a column of shares
+  chart.columns = Math.round(chart.plot * chart.ratio) / chart.bin;
   chart.image = null;
 }
 
@@ -281,19 +283,43 @@ function paintPixels(chart, context) {
   const line = (device) => Math.round(device * chart.pitch * ratio);
   const total = line(t.devices.length - 1) + height + Math.round(chart.curve * ratio);
   if (!t.devices.length) return [];
-  if (!chart.image) chart.image = context.createImageData(width, total);
+  const known = chart.image;
+  if (!known) chart.image = context.createImageData(width, total);
   const pixels = new Uint32Array(chart.image.data.buffer);
-  pixels.fill(0);
+  const [left, right] = known ? exposed(chart, pixels, width) : fresh(chart, width);
+  chart.painted = right - left;
+  for (let at = left; at < pixels.length; at += width) pixels.fill(0, at, at + right - left);
   const labels = [];
   t.devices.forEach((d, device) => {
     const top = line(device) * width;
-    if (chart.dense) paintShares(chart, d, pixels, top, width, height);
+    if (chart.dense) paintShares(chart, d, pixels, top, width, height, left, right);
     else paintBoxes(chart, d, device, pixels, top, width, height, labels);
     const curve = t.memory[device];
-    if (curve) paintMemory(chart, curve, pixels, top + height * width, width);
+    if (curve) paintMemory(chart, curve, pixels, top + height * width, width, left, right);
   });
   context.putImageData(chart.image, Math.round(GUTTER * ratio), Math.round(AXIS * ratio));
   return labels;
+}
+
+// All columns are to be painted, from the moment at which the view begins.
+function fresh(chart, width) {
+  Object.assign(chart, { from: view.from, length: view.to - view.from, shares: chart.dense });
+  return [0, width];
+}
+
+// Moves what is painted along with the view; returns which columns are left to paint.
+function exposed(chart, pixels, width) {
+  const scale = perSecond(width / chart.bin), moved = (view.from - chart.from) * scale;
+  const bins = Math.round(moved), by = bins * chart.bin;
+  const same = chart.dense && chart.shares && Math.abs(chart.length * scale * chart.bin - width) < 1e-3;
+  if (!same || Math.abs(moved - bins) > 1e-3 || Math.abs(by) >= width) return fresh(chart, width);
+  chart.from += bins / scale;
+  if (by <= 0) {
+    pixels.copyWithin(-by, 0);
+    return [0, -by];
+  }
+  pixels.copyWithin(0, by);
+  return [Math.floor((width - by) / chart.bin) * chart.bin, width];
 }
 
 function paintBoxes(chart, d, device, pixels, top, width, height, labels) {
@@ -316,11 +342,11 @@ function paintBoxes(chart, d, device, pixels, top, width, height, labels) {
 }
 
 // Where instructions are too small to show, columns stack the shares of the operations.
-function paintShares(chart, d, pixels, top, width, height) {
-  const t = chart.timeline, bin = Math.max(1, Math.round(2 * chart.ratio));
-  const bins = Math.ceil(width / bin), scale = perSecond(width / bin);
+function paintShares(chart, d, pixels, top, width, height, left, right) {
+  const t = chart.timeline, { bin } = chart, scale = perSecond(width / bin);
+  const bins = Math.ceil((right - left) / bin), origin = chart.from + left / bin / scale;
   const share = new Float32Array(bins * OPS);
-  const { code, start, end: stop } = d, origin = view.from, until = view.to;
+  const { code, start, end: stop } = d, until = origin + bins / scale;
   for (let i = after(stop, origin); i < d.count && start[i] < until; i++) {
     const op = code[i] % OPS;
     const from = Math.max((start[i] - origin) * scale, 0);
@@ -330,17 +356,17 @@ function paintShares(chart, d, pixels, top, width, height) {
       share[b * OPS + op] += Math.min(to, b + 1) - Math.max(from, b);
     }
   }
-  const row = pixel(theme.row), end = (t.makespan - view.from) * scale;
+  const row = pixel(theme.row), end = (t.makespan - origin) * scale;
   for (let b = 0; b < bins && b < end; b++) {
-    const x = b * bin, right = Math.min(x + bin, width);
+    const x = left + b * bin, edge = Math.min(x + bin, right);
     let y = height, filled = 0;
     for (let op = 0; op < OPS; op++) {
       if (!share[b * OPS + op]) continue;
       filled += share[b * OPS + op];
       const upper = Math.max(0, height - Math.round(filled * height));
-      y = stack(pixels, chart.base[op], top, width, x, right, y, upper);
+      y = stack(pixels, chart.base[op], top, width, x, edge, y, upper);
     }
-    stack(pixels, row, top, width, x, right, y, 0);
+    stack(pixels, row, top, width, x, edge, y, 0);
   }
 }
 
@@ -392,15 +418,16 @@ function paintLabels(chart, context, labels) {
 }
 
 // A bar a column, as high as the most memory that was in use in its time.
-function paintMemory(chart, curve, pixels, top, width) {
-  const { ratio, timeline: t } = chart, scale = perSecond(width);
+function paintMemory(chart, curve, pixels, top, width, left, right) {
+  const { ratio, timeline: t, from } = chart, scale = perSecond(width);
   const height = Math.round(chart.curve * ratio), room = height - Math.round(2 * ratio);
-  const stop = Math.min(Math.round((t.makespan - view.from) * scale), width);
+  const stop = Math.min(Math.round((t.makespan - from) * scale), right);
+  const first = Math.max(left, Math.round(-from * scale));
   const colour = ((pixel(theme.memory) & 0xffffff) | 0x73000000) >>> 0;
-  let i = Math.max(after(curve.time, view.from) - 1, 0);
+  let i = Math.max(after(curve.time, from + first / scale) - 1, 0);
   if (!curve.time.length) return;
-  for (let x = Math.max(0, Math.round(-view.from * scale)); x < stop; x++) {
-    const until = view.from + (x + 1) / scale;
+  for (let x = first; x < stop; x++) {
+    const until = from + (x + 1) / scale;
     let most = curve.bytes[i];
     while (i + 1 < curve.time.length && curve.time[i + 1] < until) {
       most = Math.max(most, curve.bytes[++i]);

@@ -9,7 +9,7 @@ import numpy as np
 from adaptis.kernels import compiled
 from adaptis.search.greedy import IMPOSSIBLE, WORKED, assess, evaluate, lacks
 from adaptis.search.instance import price
-from adaptis.search.moves import loads, move_layers, mutate
+from adaptis.search.moves import burdens, move_layers, mutate
 
 STAGE_COST = 0.001  # what one more stage per device must gain, a share of the busiest device's work
 
@@ -69,10 +69,10 @@ def even_out(instance: Any, start: Any, seed: int, trials: int, most_stages: int
 
 @compiled
 def _unfairness(instance: Any, candidate: Any, state: Any) -> float:
-    """The busiest device's seconds, dearer with every stage; fills column WORKED."""
-    state[:, WORKED] = loads(instance, candidate)
+    """The seconds of the busiest device, dearer with every stage; fills column WORKED."""
+    state[:, WORKED] = burdens(instance, candidate)
     load = state[:, WORKED].max() * (1 + STAGE_COST * len(candidate.stop) / len(state))
     if np.min(instance.memory) == np.inf:
         return load
     tables = price(instance, candidate.stop, candidate.device)
-    return load * (1 + 10 * lacks(instance, candidate.device, tables))
+    return load * (1 + 10 * lacks(instance, candidate.split, candidate.again, tables))

@@ -2,16 +2,18 @@
 
 Event by event, the device that can begin first begins; which of its ready computations it takes is
 a matter of priority. Time passes as in `adaptis.kernels.replay`, so what comes out is already
-simulated. Micro-batches are equal and go through each stage in order: swapping two of them never
-helps, so a computation is a kind (0 F, 1 B or I, 2 W), a stage and a counter.
+simulated. Micro-batches go through each stage in the same order, so a computation is a kind (0 F,
+1 B or I, 2 W), a stage and a counter. The parts of a sharded head are stages of their own, behind
+the others: kind 0 is S, kind 1 is T.
 
 Memory. F of stage s is admitted only if room is left for one micro-batch of every later stage on
-its device. The micro-batch that got furthest can then always go on, and nothing else ever waits for
-memory: no deadlock.
+its device, and for their recomputations on the way back. The micro-batch that got furthest can then
+always go on; only a recomputation may have to wait, for micro-batches behind it that are further
+down, and those come back. No deadlock.
 
 Plain arrays with named columns instead of tuples of arrays: numba counts references on every field
-it reads of a tuple, which made the loop five times slower. Known limit: bytes that W needs beyond
-what F saved (never seen in a real profile) are reserved from F on.
+it reads of a tuple, which made the loop five times slower. Known limits: bytes that W needs beyond
+what F saved (never seen in a real profile) are reserved from F on; a recomputed stage is not split.
 """
 
 from __future__ import annotations
@@ -28,9 +30,11 @@ PERIOD, ALTERNATE, FIT, PATIENCE, DEFER = range(5)
 NUM_KNOBS = 5
 IMPOSSIBLE = 1e9  # seconds; what does not fit costs more
 
-# Columns of a stage's row in `spec`: the first four take three, one a kind, BUSY and LATENCY two.
-SECONDS, RANK, TAKES, RECEIVE, BUSY, LATENCY, ROOM, LIMIT, SPLIT = 0, 3, 6, 9, 12, 14, 16, 17, 18
-NUM_SPEC = 19
+# Columns of a stage's row in `spec`: the first six take three, one a kind, the next three two.
+# NEEDS is the most that a computation takes beside what is held, TAKES what it leaves; BEFORE is
+# what it does before its value must be there: recomputing.
+SECONDS, RANK, TAKES, NEEDS, RECEIVE, BEFORE, BUSY, LATENCY = 0, 3, 6, 9, 12, 15, 18, 20
+ROOM, LIMIT, SPLIT, NUM_SPEC = 22, 24, 25, 26
 # Columns of a device's row in `state`: when it is free, bytes held, seconds worked, when it
 # began, when its choice begins.
 CLOCK, HELD, WORKED, FIRST, WHEN = range(5)
@@ -44,6 +48,7 @@ class Candidate(NamedTuple):
     stop: Any  # (S,) the layer after the last of stage s
     device: Any  # (S,)
     split: Any  # (S,) whether its backward is I and W
+    again: Any  # (S,) whether it is recomputed; then its backward is whole
     nudge: Any  # (S, 3) what is added to the priorities of F, B or I, and W
     limit: Any  # (S,) micro-batches in flight, >= 1
     knobs: Any  # (5,) the rule
@@ -68,7 +73,7 @@ def evaluate(instance: Any, candidate: Any) -> float:
 def assess(instance: Any, candidate: Any, limit: float) -> Any:
     """As `evaluate`, or inf above `limit`; and how each device fared, columns CLOCK to WHEN."""
     tables = price(instance, candidate.stop, candidate.device)
-    missing = lacks(instance, candidate.device, tables)
+    missing = lacks(instance, candidate.split, candidate.again, tables)
     if missing > 0:
         return IMPOSSIBLE * (1 + missing), np.zeros((len(instance.slowness), 5))
     orders = list_schedule(instance, candidate, tables, limit)
@@ -77,11 +82,25 @@ def assess(instance: Any, candidate: Any, limit: float) -> Any:
 
 
 @compiled
-def lacks(instance: Any, device: Any, tables: Any) -> float:
-    """What devices miss to hold their layers and one micro-batch, as a share of their memory."""
-    held = tables.static.copy()
-    for s in range(len(device)):
-        held[device[s]] += max(tables.saved[s], tables.kept[s])
+def least_bytes(most: float, split: Any, again: Any, tables: Any) -> Any:
+    """(D,) bytes to hold the layers and one micro-batch of weight `most` in every stage."""
+    held, peak = tables.static.copy(), tables.static.copy()
+    for s in range(len(tables.device)):
+        d = tables.device[s]
+        if s < len(again) and again[s]:
+            held[d] += tables.input[s] * most
+            peak[d] = max(peak[d], held[d] + tables.saved[s] * most)
+        else:
+            kept = tables.kept[s] if s < len(split) and split[s] else 0.0
+            held[d] += max(tables.saved[s], kept) * most
+        peak[d] = max(peak[d], held[d])
+    return peak
+
+
+@compiled
+def lacks(instance: Any, split: Any, again: Any, tables: Any) -> float:
+    """What devices miss to hold what they must, as a share of their memory."""
+    held = least_bytes(instance.heaviest, split, again, tables)
     missing = 0.0
     for d in range(len(held)):
         if held[d] > instance.memory[d]:
@@ -95,39 +114,86 @@ def list_schedule(instance: Any, candidate: Any, tables: Any, limit: float) -> A
 
     Given up, with clocks at inf, once some device cannot be done by `limit` seconds.
     """
-    num_stages, num_devices = len(candidate.stop), len(instance.slowness)
-    m, device, split = instance.num_microbatches, candidate.device, candidate.split
-    spec, target = make_spec(instance, device, split, candidate.limit, tables)
-    period, alternate = _priorities(candidate, tables, spec)
-    hosted, homes, offsets = _layout(m, num_devices, device, split)
+    real, count, num_devices = len(candidate.stop), len(tables.device), len(instance.slowness)
+    weights, m = instance.weights, len(instance.weights)
+    spec, target = make_spec(instance, candidate.split, candidate.again, candidate.limit, tables)
+    rule = _priorities(instance, candidate, tables, spec)
+    hosted, homes, offsets = _layout(m, num_devices, tables.device, spec)
     kinds, stages = np.empty(offsets[-1], np.int8), np.empty(offsets[-1], np.int32)
-    counts = np.zeros((num_stages, 3), np.int64)
-    arrived = np.full((num_stages, 2, m), np.inf)
+    counts = np.zeros((count, 3), np.int64)
+    arrived = np.full((count, 2, m), np.inf)
     arrived[0, 0, :] = 0.0
     due = arrived[:, :, 0].copy()
     state, choice = np.zeros((num_devices, 5)), np.full((num_devices, 3), -1)
     state[:, HELD] = tables.static
-    link = np.zeros((num_devices, num_devices))
-    fit, patience = candidate.knobs[FIT], candidate.knobs[PATIENCE]
-    rule = (period, alternate, fit, patience)
-    position, left = offsets[:-1].copy(), seconds_of_work(m, num_devices, device, spec)
+    link, joint = np.zeros((num_devices, num_devices)), make_joint(count - real, m)
+    position = offsets[:-1].copy()
+    left = seconds_of_work(instance.total, num_devices, tables.device, spec)
     for d in range(num_devices):
-        _choose(rule, spec, counts, due, state, choice, hosted, homes, d)
+        _choose(rule, weights, spec, counts, due, state, choice, hosted, homes, d)
     for _ in range(offsets[-1]):
         d = _next_device(state)
-        if state[d, WHEN] + left[d] > limit * (1 + 1e-12):
+        if state[d, WHEN] == np.inf or state[d, WHEN] + left[d] > limit * (1 + 1e-12):
             state[:, CLOCK] = np.inf
             break
-        left[d] -= spec[choice[d, STAGE], SECONDS + choice[d, KIND]]
-        kinds[position[d]], stages[position[d]] = choice[d, KIND], choice[d, STAGE]
+        k, s = choice[d, KIND], choice[d, STAGE]
+        left[d] -= (spec[s, BEFORE + k] + spec[s, SECONDS + k]) * weights[counts[s, k]]
+        kinds[position[d]], stages[position[d]] = k, s
         if position[d] == offsets[d]:
             state[d, FIRST] = state[d, WHEN]
         position[d] += 1
-        other = _run(instance.send, spec, target, counts, arrived, due, state, choice, link, d)
-        _choose(rule, spec, counts, due, state, choice, hosted, homes, d)
+        other = _run(instance, real, spec, target, counts, arrived, due, state, choice, link, d)
+        if count > real and k == 0 and s >= real - 1:
+            home, i = tables.device[real - 1], counts[s, 0] - 1
+            if join(instance.head, weights[i], arrived, joint, i, state[d, CLOCK], real, home, s):
+                for each in range(real - 1, count):
+                    _refresh(weights, spec, counts, arrived, due, each)
+                for each in range(num_devices):
+                    _choose(rule, weights, spec, counts, due, state, choice, hosted, homes, each)
+        _choose(rule, weights, spec, counts, due, state, choice, hosted, homes, d)
         if other >= 0:
-            _choose(rule, spec, counts, due, state, choice, hosted, homes, other)
+            _choose(rule, weights, spec, counts, due, state, choice, hosted, homes, other)
     return Orders(offsets, kinds, stages, state)
+
+
+@compiled
+def make_joint(parts: int, m: int) -> Any:
+    """What a sharded head does together: row 0 when its two lanes are free, then (done, when)."""
+    return np.zeros((m + 1 if parts else 1, 2))
+
+
+@inlined
+def join(
+    head: Any,
+    weight: float,
+    arrived: Any,
+    joint: Any,
+    i: int,
+    now: float,
+    real: int,
+    home: int,
+    s: int,
+) -> bool:
+    """Fill in `arrived` after F of the last stage or S of a part, done `now`; whether it changed.
+
+    The part on the last stage's own device, `home`, does not wait for the transfer.
+    """
+    parts, changed = arrived.shape[0] - real, True
+    if s == real - 1:
+        joint[0, 0] = max(joint[0, 0], now) + head.share * weight
+        for part in range(parts):
+            arrived[real + part, 0, i] = joint[0, 0]
+        arrived[real + home, 0, i] = now
+    else:
+        joint[i + 1, 0] += 1
+        joint[i + 1, 1] = max(joint[i + 1, 1], now)
+        changed = joint[i + 1, 0] == parts
+        if changed:
+            joint[0, 1] = max(joint[0, 1], joint[i + 1, 1]) + head.sum * weight
+            arrived[real - 1, 1, i] = joint[0, 1]
+            for part in range(parts):
+                arrived[real + part, 1, i] = joint[0, 1]
+    return changed
 
 
 @inlined
@@ -141,21 +207,22 @@ def _next_device(state: Any) -> int:
 
 
 @compiled
-def seconds_of_work(m: int, num_devices: int, device: Any, spec: Any) -> Any:
-    """Seconds of work of each device."""
+def seconds_of_work(m: float, num_devices: int, device: Any, spec: Any) -> Any:
+    """Seconds of work of each device on micro-batches of weight `m` together."""
     work = np.zeros(num_devices)
     for s in range(len(device)):
-        work[device[s]] += m * (spec[s, SECONDS] + spec[s, SECONDS + 1] + spec[s, SECONDS + 2])
+        seconds = spec[s, SECONDS] + spec[s, SECONDS + 1] + spec[s, SECONDS + 2]
+        work[device[s]] += m * (spec[s, BEFORE + 1] + seconds)
     return work
 
 
 @compiled
-def _layout(m: int, num_devices: int, device: Any, split: Any) -> Any:
+def _layout(m: int, num_devices: int, device: Any, spec: Any) -> Any:
     """The stages of each device, where they begin, and where its rows begin."""
     stages, rows = np.zeros(num_devices + 1, np.int64), np.zeros(num_devices + 1, np.int64)
     for s in range(len(device)):
         stages[device[s] + 1] += 1
-        rows[device[s] + 1] += m * (3 if split[s] else 2)
+        rows[device[s] + 1] += m * (3 if spec[s, SPLIT] > 0 else 2)
     stages, rows = np.cumsum(stages), np.cumsum(rows)
     hosted, position = np.empty(len(device), np.int64), stages.copy()
     for s in range(len(device)):
@@ -165,62 +232,83 @@ def _layout(m: int, num_devices: int, device: Any, split: Any) -> Any:
 
 
 @compiled
-def make_spec(instance: Any, device: Any, split: Any, limit: Any, tables: Any) -> Any:
+def make_spec(instance: Any, split: Any, again: Any, limit: Any, tables: Any) -> Any:
     """What the loop needs of each stage, and the devices that its results go to.
 
     An order that is fixed already has no limits: an empty `limit`.
     """
-    num_stages, remote = len(device), tables.remote
-    spec, target = np.zeros((num_stages, NUM_SPEC)), np.full((num_stages, 2), -1)
-    later = np.zeros(len(instance.slowness))
-    for s in range(num_stages - 1, -1, -1):
+    count, real, device, remote = len(tables.device), len(split), tables.device, tables.remote
+    spec, target = np.zeros((count, NUM_SPEC)), np.full((count, 2), -1)
+    later, heaviest = np.zeros(len(instance.slowness)), instance.heaviest
+    for s in range(count - 1, -1, -1):
+        halved, anew = s < real and split[s], s < real and again[s]
         spec[s, SECONDS] = tables.seconds[F, s]
-        spec[s, SECONDS + 1] = tables.seconds[I if split[s] else B, s]
-        spec[s, SECONDS + 2] = tables.seconds[W, s] if split[s] else 0.0
-        most, kept = max(tables.saved[s], tables.kept[s]), tables.kept[s] if split[s] else 0.0
+        spec[s, SECONDS + 1] = tables.seconds[I if halved else B, s]
+        spec[s, SECONDS + 2] = tables.seconds[W, s] if halved else 0.0
+        kept = tables.kept[s] if halved else 0.0
+        most = max(tables.saved[s], kept)
+        if anew:
+            most = tables.input[s]
+            spec[s, BEFORE + 1], spec[s, NEEDS + 1] = tables.seconds[F, s], tables.saved[s]
         spec[s, TAKES], spec[s, TAKES + 1], spec[s, TAKES + 2] = most, kept - most, -kept
+        spec[s, NEEDS] = most
+        later[device[s]] = max(later[device[s]], spec[s, NEEDS + 1] * heaviest)
+        spec[s, ROOM + 1] = instance.memory[device[s]]
         spec[s, ROOM] = instance.memory[device[s]] - later[device[s]]
-        later[device[s]] += most
-        spec[s, LIMIT], spec[s, SPLIT] = limit[s] if len(limit) else np.inf, split[s]
+        later[device[s]] += most * heaviest
+        spec[s, LIMIT] = limit[s] if s < len(limit) else np.inf
+        spec[s, SPLIT] = 1.0 if halved else 0.0
         for k in range(2):
             spec[s, BUSY + k], spec[s, LATENCY + k] = tables.busy[k, s], tables.latency[k, s]
             source, to = (s - 1, s + 1) if k == 0 else (s + 1, s - 1)
-            if 0 <= source < num_stages and remote[k, source]:
+            if 0 <= source < count and remote[k, source]:
                 spec[s, RECEIVE + k] = instance.receive
+                if not instance.overlap:  # the receiver is busy with the transfer as well
+                    spec[s, RECEIVE + k] += tables.latency[k, source]
+                    spec[s, SECONDS + k] += tables.busy[k, source]
             if remote[k, s]:
                 target[s, k] = device[to]
     return spec, target
 
 
 @compiled
-def _priorities(candidate: Any, tables: Any, spec: Any) -> Any:
+def _priorities(instance: Any, candidate: Any, tables: Any, spec: Any) -> Any:
     """Lower runs first: microbatch * period - (the seconds that must still follow) + nudges.
 
     This is the latest start that lets micro-batch i end i periods after the first one. A long
-    period puts old micro-batches first (1F1B), a short one early stages (GPipe); W has nothing
-    after it and fills gaps. Periods, nudges and the like are in units of the busiest device's work
-    on one micro-batch.
+    period puts old micro-batches first (1F1B), a short one early stages (GPipe); W and T have
+    nothing after them and fill gaps. Periods, nudges and the like are in units of the busiest
+    device's work on one micro-batch. Returns what `_choose` goes by.
     """
-    num_stages = len(spec)
-    load = np.zeros(len(tables.static))
-    follow = 0.0
-    for s in range(num_stages):
-        follow += spec[s, SECONDS + 1] + spec[s, BUSY + 1] + spec[s, LATENCY + 1]
+    real = len(candidate.stop)
+    scale = seconds_of_work(1, len(tables.static), tables.device, spec).max()
+    defer, follow = candidate.knobs[DEFER] * scale, 0.0
+    for s in range(real):
+        follow += spec[s, BEFORE + 1] + spec[s, SECONDS + 1]
+        follow += spec[s, BUSY + 1] + spec[s, LATENCY + 1]
         spec[s, RANK + 1] = -follow
         spec[s, RANK + 2] = -spec[s, SECONDS + 2]
-        load[candidate.device[s]] += spec[s, SECONDS] + spec[s, SECONDS + 1] + spec[s, SECONDS + 2]
-    for s in range(num_stages - 1, -1, -1):
+    parts = 0.0
+    for s in range(real, len(spec)):
+        parts = max(parts, spec[s, SECONDS] + instance.head.sum)
+    follow += parts
+    for s in range(real, len(spec)):
+        spec[s, RANK] = -follow
+        spec[s, RANK + 1] = defer - spec[s, SECONDS + 1]
+    for s in range(real - 1, -1, -1):
         follow += spec[s, SECONDS] + spec[s, BUSY] + spec[s, LATENCY]
         spec[s, RANK] = -follow
-    scale = load.max()
-    spec[:, RANK : RANK + 3] += candidate.nudge * scale
-    spec[:, RANK + 2] += candidate.knobs[DEFER] * scale
-    return candidate.knobs[PERIOD] * scale, candidate.knobs[ALTERNATE] * scale
+        spec[s, RANK + 2] += defer
+        for k in range(3):
+            spec[s, RANK + k] += candidate.nudge[s, k] * scale
+    period, alternate = candidate.knobs[PERIOD] * scale, candidate.knobs[ALTERNATE] * scale
+    return period, alternate, candidate.knobs[FIT], candidate.knobs[PATIENCE]
 
 
 @compiled
 def _choose(
     rule: Any,
+    weights: Any,
     spec: Any,
     counts: Any,
     due: Any,
@@ -242,7 +330,8 @@ def _choose(
         s = hosted[h]
         for k in range(2):
             at = due[s, k]
-            full = k == 0 and held + spec[s, TAKES] > spec[s, ROOM]
+            i = min(counts[s, k], len(weights) - 1)
+            full = held + spec[s, NEEDS + k] * weights[i] > spec[s, ROOM + k]
             if full or at == np.inf or at > coming:
                 continue
             rank = spec[s, RANK + k] + counts[s, k] * period + (alternate if k == last else 0.0)
@@ -264,12 +353,14 @@ def _choose(
 
 
 @inlined
-def _refresh(spec: Any, counts: Any, arrived: Any, due: Any, s: int) -> None:
+def _refresh(weights: Any, spec: Any, counts: Any, arrived: Any, due: Any, s: int) -> None:
     """When the next F and the next B or I of stage s could begin: inf where that is not known."""
     for k in range(2):
         i = counts[s, k]
         full = k == 0 and i - counts[s, 1] >= spec[s, LIMIT]
-        due[s, k] = np.inf if full or i == arrived.shape[2] else arrived[s, k, i]
+        due[s, k] = np.inf
+        if not full and i < len(weights):
+            due[s, k] = arrived[s, k, i] - spec[s, BEFORE + k] * weights[i]
 
 
 @inlined
@@ -287,7 +378,8 @@ def _next_weight(spec: Any, counts: Any, hosted: Any, first: int, stop: int, per
 
 @inlined
 def _run(
-    send: float,
+    instance: Any,
+    real: int,
     spec: Any,
     target: Any,
     counts: Any,
@@ -300,29 +392,49 @@ def _run(
 ) -> int:
     """Begin the choice of device d; returns the device that its result travels to, or -1."""
     kind, s = choice[d, KIND], choice[d, STAGE]
-    i, last = counts[s, kind], len(spec) - 1
+    i = counts[s, kind]
     counts[s, kind] = i + 1
     choice[d, LAST] = kind
-    state[d, HELD] += spec[s, TAKES + kind]
-    begin = state[d, WHEN] + (spec[s, RECEIVE + kind] if kind < 2 else 0.0)
-    end = begin + spec[s, SECONDS + kind]
-    state[d, WORKED] += end - begin
+    weight = instance.weights[i]
+    state[d, HELD] += spec[s, TAKES + kind] * weight
+    seconds = (spec[s, BEFORE + kind] + spec[s, SECONDS + kind]) * weight
+    end = state[d, WHEN] + spec[s, RECEIVE + kind] + seconds
+    state[d, WORKED] += seconds
     state[d, CLOCK] = end
     if kind == 2:
         return -1
-    if kind == 1 and s == 0:
-        _refresh(spec, counts, arrived, due, s)
-        return -1
-    to, side = (s + 1, 0) if kind == 0 else (s - 1, 1)
-    if to > last:
-        to, side = last, 1
-    other = target[s, kind]
-    if other < 0:
+    other, to, side = target[s, kind], s - 1, 1
+    if kind == 0:
+        to, side = (s + 1, 0) if s + 1 < len(spec) else (s, 1)
+    if s >= real or (to >= real and kind == 0):  # what follows is joint: see `join`
+        to = -1
+    if other >= 0:
+        hop, latency = spec[s, BUSY + kind] * weight, spec[s, LATENCY + kind]
+        state[d, CLOCK], arrived[to, side, i] = pass_on(instance, link, d, other, end, hop, latency)
+    elif to >= 0:
         arrived[to, side, i] = end
-    else:
-        state[d, CLOCK] = end + send
-        link[d, other] = max(end + send, link[d, other]) + spec[s, BUSY + kind]
-        arrived[to, side, i] = link[d, other] + spec[s, LATENCY + kind]
-    _refresh(spec, counts, arrived, due, s)
-    _refresh(spec, counts, arrived, due, to)
+    _refresh(instance.weights, spec, counts, arrived, due, s)
+    if to >= 0:
+        _refresh(instance.weights, spec, counts, arrived, due, to)
     return other
+
+
+@inlined
+def pass_on(
+    instance: Any, link: Any, d: int, other: int, end: float, hop: float, latency: float
+) -> Any:
+    """Send from device d to `other` after `end`: when d goes on, and when the value is there.
+
+    Without overlap both ends are busy with a transfer: the receiver from its beginning on, which
+    is what counts as being there.
+    """
+    now = end + instance.send
+    begin = max(now, link[d, other])
+    if instance.overlap:
+        link[d, other] = begin + hop
+        there = begin + hop + latency
+    else:
+        link[d, other] = begin + hop + latency
+        there = begin
+        now += hop + latency
+    return now, there

@@ -25,7 +25,18 @@ from adaptis.search.greedy import (
     WORKED,
     Candidate,
 )
-from adaptis.search.instance import B, F, I, W
+from adaptis.search.instance import (
+    HEAD,
+    PARTITION,
+    PLACEMENT,
+    RECOMPUTE,
+    SCHEDULE,
+    B,
+    F,
+    I,
+    W,
+    is_sharded,
+)
 
 NO_LIMIT = 1 << 30
 MOST_DOUBLINGS = 4  # at most 2 ** 3 proposals
@@ -39,6 +50,7 @@ def copy(candidate: Any) -> Any:
         candidate.stop.copy(),
         candidate.device.copy(),
         candidate.split.copy(),
+        candidate.again.copy(),
         candidate.nudge.copy(),
         candidate.limit.copy(),
         candidate.knobs.copy(),
@@ -52,19 +64,58 @@ def mutate(instance: Any, candidate: Any, state: Any, cost: float, most_stages: 
     Of several moves of layers the one that leaves the busiest device the least work is worth a
     simulation: looking at the sums costs a hundredth of it.
     """
-    kind = _diagnose(state, cost) if np.random.random() < TRUST else np.random.randint(3)
-    if kind == 2:
-        return _move_order(candidate)
+    kind = _kind(instance.decide, state, cost)
+    if not instance.decide[kind]:
+        return candidate
+    if kind == SCHEDULE:
+        return _move_order(instance.decide, candidate)
+    if kind == RECOMPUTE:
+        return _move_recompute(candidate)
+    if kind == HEAD:
+        return _move_head(instance, candidate)
     best, least = candidate, np.inf
     for _ in range(1 << np.random.randint(MOST_DOUBLINGS)):
-        if kind == 0:
+        if kind == PARTITION:
             trial = _move_partition(candidate, state, most_stages)
         else:
             trial = _move_placement(candidate, state, most_stages)
+        if not _settled(instance, candidate, trial):
+            continue
         load = heaviest(instance, trial)
         if load < least:
             best, least = trial, load
     return best
+
+
+@compiled
+def _kind(decide: Any, state: Any, cost: float) -> int:
+    """Which of DECISIONS to change; those that are seldom right now and then."""
+    draw = np.random.random()
+    if decide[RECOMPUTE] and draw < 0.1:
+        return RECOMPUTE
+    if decide[HEAD] and draw > 0.99:
+        return HEAD
+    kind = PARTITION
+    for _ in range(10):
+        kind = _diagnose(state, cost) if np.random.random() < TRUST else np.random.randint(3)
+        if decide[kind]:
+            break
+    return kind
+
+
+@compiled
+def _settled(instance: Any, candidate: Any, trial: Any) -> bool:
+    """Whether `trial` leaves alone what is not to be decided; equal cuts are made again."""
+    n, last = len(trial.stop), trial.stop[-1]
+    if not instance.decide[PLACEMENT] and n != len(candidate.stop):
+        return False
+    if not instance.decide[PARTITION]:
+        if n > len(instance.even):
+            return False
+        trial.stop[:] = instance.even[n - 1, :n]
+        trial.stop[-1] = last
+        return n == 1 or trial.stop[n - 2] < last
+    return True
 
 
 @compiled
@@ -77,23 +128,41 @@ def move_layers(candidate: Any, state: Any, most_stages: int) -> Any:
 
 @compiled
 def heaviest(instance: Any, candidate: Any) -> float:
-    """Seconds of work on one micro-batch of the busiest device."""
-    return loads(instance, candidate).max()
+    """Seconds that the step takes at least on one of the devices."""
+    return burdens(instance, candidate).max()
 
 
 @compiled
-def loads(instance: Any, candidate: Any) -> Any:
-    """Seconds of work of each device on one micro-batch."""
-    load, start = np.zeros(len(instance.slowness)), 0
+def burdens(instance: Any, candidate: Any) -> Any:
+    """(D,) seconds that each device keeps a step waiting: head, work and tail.
+
+    It begins once the layers before its first stage have run forward, and after its last backward
+    the gradient goes on through those layers, beside which only weight gradients can still run.
+    """
+    num_devices = len(instance.slowness)
+    load, late = np.zeros(num_devices), np.zeros(num_devices)
+    first, start = np.full(num_devices, -1), 0
     for s in range(len(candidate.stop)):
         d, stop = candidate.device[s], candidate.stop[s]
-        work = _one(instance, F, start, stop)
+        if first[d] < 0:
+            first[d] = start
+        work = _one(instance, F, start, stop) * (2 if candidate.again[s] else 1)
         if candidate.split[s]:
             work += _one(instance, I, start, stop) + _one(instance, W, start, stop)
+            late[d] += _one(instance, W, start, stop) * instance.slowness[d]
         else:
             work += _one(instance, B, start, stop)
         load[d] += work * instance.slowness[d]
         start = stop
+    one = instance.total / len(instance.weights) * instance.slowness.min()
+    sharded = is_sharded(instance, candidate.stop)
+    for d in range(num_devices):
+        if sharded:
+            load[d] += instance.head.scores[d] + instance.head.gradient[d]
+        load[d] *= instance.total
+        if first[d] > 0:
+            tail = instance.seconds[I, first[d]] * one - instance.total * late[d]
+            load[d] += instance.seconds[F, first[d]] * one + max(tail, 0.0)
     return load
 
 
@@ -194,6 +263,7 @@ def _selected(candidate: Any, index: Any) -> Any:
         candidate.stop[index],
         candidate.device[index],
         candidate.split[index],
+        candidate.again[index],
         candidate.nudge[index],
         candidate.limit[index],
         candidate.knobs.copy(),
@@ -262,7 +332,34 @@ def _divide(candidate: Any, s: int, state: Any, most_stages: int) -> Any:
 
 
 @compiled
-def _move_order(candidate: Any) -> Any:
+def _move_recompute(candidate: Any) -> Any:
+    """One stage, or all stages of a device, recomputed from now on, or no longer."""
+    trial = copy(candidate)
+    s = np.random.randint(len(trial.stop))
+    anew, all_of_it = not trial.again[s], np.random.random() < 0.3
+    for other in range(len(trial.stop)):
+        if other == s or (all_of_it and trial.device[other] == trial.device[s]):
+            trial.again[other] = anew
+            trial.split[other] = trial.split[other] and not anew
+    return trial
+
+
+@compiled
+def _move_head(instance: Any, candidate: Any) -> Any:
+    """The last layer goes to all devices, or back to the last stage."""
+    last, n = len(instance.output) - 1, len(candidate.stop)
+    start = candidate.stop[n - 2] if n > 1 else 0
+    trial = copy(candidate)
+    if trial.stop[n - 1] > last:
+        if start < last:
+            trial.stop[n - 1] = last
+    else:
+        trial.stop[n - 1] = last + 1
+    return trial
+
+
+@compiled
+def _move_order(decide: Any, candidate: Any) -> Any:
     """Another rule, other priorities, another limit, or a backward in one piece or two."""
     trial = copy(candidate)
     s, draw = np.random.randint(len(trial.stop)), np.random.random()
@@ -273,7 +370,9 @@ def _move_order(candidate: Any) -> Any:
     elif draw < 0.85:
         _turn_knob(trial.knobs, np.random.randint(NUM_KNOBS))
     elif draw < 0.95:
-        trial.split[s] = not trial.split[s]
+        if decide[RECOMPUTE] or not trial.again[s]:
+            trial.split[s] = not trial.split[s]
+            trial.again[s] = False
     else:
         trial.limit[s] = (
             NO_LIMIT if np.random.random() < 0.5 else 1 + np.random.randint(2 * len(trial.stop))

@@ -6,15 +6,41 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from adaptis.search.anneal import even_out
 from adaptis.search.greedy import Candidate, evaluate
+from adaptis.search.instance import PARTITION, PLACEMENT, RECOMPUTE, SCHEDULE
 from adaptis.search.moves import NO_LIMIT
 from adaptis.search.partition import bottleneck_cut
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from adaptis.search.instance import Instance
 
 MOST_ROWS = 400_000  # computations of a candidate: a tenth of a second
-CHUNKS = (1, 2, 3, 4, 6, 8)  # stages per device
+# Shares of a device's work in its first, second, ... stage. A small first stage lets the other
+# devices begin soon and finish soon after the last micro-batch; what they have to do until the
+# larger ones come is the first stage of further micro-batches:
+#
+#     device 0 | 0 0 0 0 4 4 4 4 4 4 ...      stages 0 to 3 of one layer each,
+#     device 1 |   1 1 1 1   5 5 5 5 ...      4 to 7 of the others
+RAMPS = (
+    (1,),
+    (1, 1),
+    (1, 2),
+    (1, 3),
+    (1, 1, 1),
+    (1, 2, 1),
+    (1, 2, 2),
+    (1, 2, 4),
+    (1, 3, 1),
+    (1, 1, 1, 1),
+    (1, 1, 2, 3),
+    (1,) * 6,
+    (1,) * 8,
+)
+BEST_SHAPES = 8  # are tried with every rule
+EVEN_TRIALS = 60  # of layers only, without simulation, for each layer
 # period, alternate, fit, patience, defer: see `adaptis.search.greedy`
 RULES = (
     (0.5, 1.0, 0.5, 0.0, 100.0),
@@ -32,27 +58,61 @@ def most_stages(instance: Instance) -> int:
     return min(len(instance.output), max(8 * num_devices, 16), affordable)
 
 
-def starts(instance: Instance) -> list[tuple[float, Candidate]]:
-    """Candidates with their seconds, each cut and placement under its best rule; best first."""
-    num_devices, num_layers = len(instance.slowness), len(instance.output)
+def starts(instance: Instance, shard: bool = False) -> list[tuple[float, Candidate]]:
+    """Candidates with their seconds, the best shapes under their best rule; best first.
+
+    With `shard`, the last layer belongs to all devices and to no stage.
+    """
+    shapes = list(_shapes(instance, len(instance.output) - shard))
+    evened = instance.decide[:SCHEDULE].all()
+    few = 3 * len(instance.slowness) * instance.num_microbatches > MOST_ROWS // 8
     found = []
-    for chunks in CHUNKS:
-        count = num_devices * chunks
-        if count > most_stages(instance):
-            break
-        for device in (_loop(num_devices, count), _wave(num_devices, count)):
-            stop = bottleneck_cut(_work(instance), instance.slowness[device])
-            found.append(_best_rule(instance, stop, device))
+    for stop, device in shapes:
+        plain = _candidates(instance, stop, device, RULES[:1])
+        found += plain
+        if evened and not few:
+            trials = EVEN_TRIALS * len(instance.output)
+            found += [even_out(instance, c, 0, trials, most_stages(instance)) for c in plain]
+    if not few:
+        found += [c._replace(knobs=np.array(RULES[1])) for c in found]
+    rated = _rated(instance, found)
+    for _, candidate in rated[:BEST_SHAPES] if instance.decide[SCHEDULE] and not few else ():
+        others = [candidate._replace(knobs=np.array(rule)) for rule in RULES]
+        others += [c._replace(split=np.zeros_like(c.split)) for c in others]
+        rated += _rated(instance, others)
+    return sorted(rated, key=lambda pair: pair[0])
+
+
+def _shapes(instance: Instance, num_layers: int) -> Iterator[tuple[Any, Any]]:
+    """Where stages end, and their devices."""
+    num_devices = len(instance.slowness)
+    work, most = _work(instance)[: num_layers + 1], min(most_stages(instance), num_layers)
+    for ramp in RAMPS if instance.decide[PLACEMENT] else RAMPS[:1]:
+        count = num_devices * len(ramp)
+        if count > most:
+            continue
+        share = np.repeat(np.array(ramp) / sum(ramp), num_devices)
+        for device in (_loop(num_devices, count), _wave(num_devices, count))[: min(len(ramp), 2)]:
+            yield _cut(instance, work, instance.slowness[device] / share), device
+    if not instance.decide[PLACEMENT] and num_layers >= num_devices:
+        return
     # Fewer layers than devices, or tight memory: each stage to the lightest device.
-    for count in sorted(
-        {min(most_stages(instance), n) for n in (num_devices, 3 * num_devices, 6 * num_devices)}
-    ):
-        weights = _work(instance) / max(_work(instance)[-1], 1e-30)
-        if np.isfinite(instance.memory).any() and instance.sizes[0, -1] > 0:
-            weights = weights + instance.sizes[0] / instance.sizes[0, -1]
-        stop = bottleneck_cut(weights, np.ones(min(count, num_layers)))
-        found.append(_best_rule(instance, stop, _lightest(instance, stop, weights)))
-    return sorted(found, key=lambda pair: pair[0])
+    weights = work / max(work[-1], 1e-30)
+    if np.isfinite(instance.memory).any() and instance.sizes[0, num_layers] > 0:
+        weights = weights + instance.sizes[0, : num_layers + 1] / instance.sizes[0, num_layers]
+    for count in sorted({min(most, n * num_devices) for n in (1, 2, 3, 6)}):
+        stop = _cut(instance, weights, np.ones(count))
+        yield stop, _lightest(instance, stop, weights)
+
+
+def _cut(instance: Instance, work: Any, slowness: Any) -> Any:
+    """The lightest heaviest stage, or even stages where the cut is not to be decided."""
+    count = len(slowness)
+    if instance.decide[PARTITION] or count > len(instance.even):
+        return bottleneck_cut(work, slowness)
+    stop = instance.even[count - 1, :count].copy()
+    stop[-1] = len(work) - 1
+    return stop
 
 
 def _work(instance: Instance) -> Any:
@@ -81,20 +141,24 @@ def _lightest(instance: Instance, stop: Any, weights: Any) -> Any:
     return device
 
 
-def _best_rule(instance: Instance, stop: Any, device: Any) -> tuple[float, Candidate]:
-    """The best of the rules, and of whole and split backwards."""
+def _candidates(instance: Instance, stop: Any, device: Any, rules: Any) -> list[Candidate]:
+    """One shape under `rules`, in two halves where that is to be decided; recomputed as well."""
     n = len(stop)
-    found = []
-    few = 3 * n * instance.num_microbatches > MOST_ROWS // 4
-    for rule in RULES[: 2 if few else len(RULES)]:
-        for split in (True,) if few else (False, True):
-            candidate = Candidate(
-                np.asarray(stop, dtype=np.int64),
-                np.asarray(device, dtype=np.int64),
-                np.full(n, split),
-                np.zeros((n, 3)),
-                np.full(n, NO_LIMIT, dtype=np.int64),
-                np.array(rule, dtype=np.float64),
-            )
-            found.append((float(evaluate(instance, candidate)), candidate))
-    return min(found, key=lambda pair: pair[0])
+    return [
+        Candidate(
+            stop=np.asarray(stop, dtype=np.int64),
+            device=np.asarray(device, dtype=np.int64),
+            split=np.full(n, instance.decide[SCHEDULE] and not again),
+            again=np.full(n, again),
+            nudge=np.zeros((n, 3)),
+            limit=np.full(n, NO_LIMIT, dtype=np.int64),
+            knobs=np.array(rule, dtype=np.float64),
+        )
+        for rule in rules
+        for again in ((False, True) if instance.decide[RECOMPUTE] else (False,))
+    ]
+
+
+def _rated(instance: Instance, candidates: list[Candidate]) -> list[tuple[float, Candidate]]:
+    pairs = [(float(evaluate(instance, candidate)), candidate) for candidate in candidates]
+    return sorted(pairs, key=lambda pair: pair[0])

@@ -13,16 +13,21 @@ import numpy as np
 
 from adaptis.kernels import compiled
 from adaptis.search.greedy import (
+    BEFORE,
     BUSY,
     LATENCY,
+    NEEDS,
     RECEIVE,
     SECONDS,
     TAKES,
+    join,
     list_schedule,
+    make_joint,
     make_spec,
+    pass_on,
     seconds_of_work,
 )
-from adaptis.search.instance import finish, inlined, price
+from adaptis.search.instance import PARTITION, SCHEDULE, finish, inlined, price
 
 BORDER_SHARE = 0.15  # of the trials move a border, the others a computation
 
@@ -33,9 +38,10 @@ class Fixed(NamedTuple):
     stop: Any  # (S,)
     device: Any  # (S,)
     split: Any  # (S,)
+    again: Any  # (S,) recomputed
     offsets: Any  # (D + 1,)
     kind: Any  # (n,) 0 F, 1 B or I, 2 W
-    stage: Any  # (n,)
+    stage: Any  # (n,) S + d: the part of a sharded head on device d
 
 
 class Trace(NamedTuple):
@@ -52,7 +58,13 @@ def fix(instance: Any, candidate: Any) -> Any:
     tables = price(instance, candidate.stop, candidate.device)
     orders = list_schedule(instance, candidate, tables, np.inf)
     return Fixed(
-        candidate.stop, candidate.device, candidate.split, orders.offsets, orders.kind, orders.stage
+        candidate.stop,
+        candidate.device,
+        candidate.split,
+        candidate.again,
+        orders.offsets,
+        orders.kind,
+        orders.stage,
     )
 
 
@@ -63,6 +75,7 @@ def copy_fixed(fixed: Any) -> Any:
         fixed.stop.copy(),
         fixed.device.copy(),
         fixed.split.copy(),
+        fixed.again.copy(),
         fixed.offsets.copy(),
         fixed.kind.copy(),
         fixed.stage.copy(),
@@ -80,10 +93,10 @@ def retime(instance: Any, fixed: Any, trace: Any, most: float = np.inf) -> float
     """Seconds of the step; inf where it deadlocks, does not fit or takes longer than `most`."""
     tables = price(instance, fixed.stop, fixed.device)
     limit = np.empty(0)
-    spec, target = make_spec(instance, fixed.device, fixed.split, limit, tables)
+    spec, target = make_spec(instance, fixed.split, fixed.again, limit, tables)
     num_devices = len(fixed.offsets) - 1
     clock = np.zeros(num_devices)
-    left = seconds_of_work(instance.num_microbatches, num_devices, fixed.device, spec)
+    left = seconds_of_work(instance.total, num_devices, tables.device, spec)
     left -= most * (1 + 1e-12)
     done = _replay(instance, fixed, spec, target, tables.static.copy(), clock, trace.cause, left)
     if done < len(fixed.kind):
@@ -117,13 +130,13 @@ def _replay(
     A device that waits for a value names it in `wanted`, and is taken up when that arrives.
     """
     offsets, kinds, stages = fixed.offsets, fixed.kind, fixed.stage
-    num_stages, num_devices, m = len(spec), len(held), instance.num_microbatches
-    send, memory, done = instance.send, instance.memory, 0
-    counts = np.zeros((num_stages, 3), np.int64)
-    arrived = np.full((num_stages, 2, m), np.inf)
+    count, real, num_devices, m = len(spec), len(fixed.stop), len(held), len(instance.weights)
+    weights, memory, done = instance.weights, instance.memory, 0
+    counts = np.zeros((count, 3), np.int64)
+    arrived = np.full((count, 2, m), np.inf)
     arrived[0, 0, :] = 0.0
-    writer = np.full((num_stages, 2, m), -1, np.int32)  # the row that writes what arrives
-    link = np.zeros((num_devices, num_devices))
+    writer = np.full((count, 2, m), -1, np.int32)  # the row that writes what arrives
+    link, joint = np.zeros((num_devices, num_devices)), make_joint(count - real, m)
     position, wanted = offsets[:-1].copy(), np.full(num_devices, -1)
     stack, depth = np.arange(num_devices), num_devices
     while depth > 0:
@@ -133,33 +146,35 @@ def _replay(
         i, stop = position[d], offsets[d + 1]
         while i < stop:
             k, s = kinds[i], stages[i]
-            count = counts[s, k]
-            at = arrived[s, k, count] if k < 2 else 0.0
-            if at == np.inf or (k > 0 and count >= counts[s, k - 1]):
-                wanted[d] = (s * 2 + k) * m + count
+            n = counts[s, k]
+            at = arrived[s, k, n] if k < 2 else 0.0
+            if at == np.inf or (k > 0 and n >= counts[s, k - 1]):
+                wanted[d] = (s * 2 + k) * m + n
                 break
-            late = at > now
-            begin = max(at, now) + spec[s, RECEIVE + k]
-            cause[i] = writer[s, k, count] if late else i - 1 if i > first else -1
-            counts[s, k] = count + 1
-            now = begin + spec[s, SECONDS + k]
-            rest -= spec[s, SECONDS + k]
-            takes = spec[s, TAKES + k]
-            if bytes_held + max(takes, 0.0) > memory[d] or now + rest > 0:
+            w = weights[n]
+            before, seconds = spec[s, BEFORE + k] * w, spec[s, SECONDS + k] * w
+            now += before
+            rest -= before + seconds
+            cause[i] = writer[s, k, n] if at > now else i - 1 if i > first else -1
+            counts[s, k] = n + 1
+            now = max(at, now) + spec[s, RECEIVE + k] + seconds
+            if bytes_held + spec[s, NEEDS + k] * w > memory[d] or now + rest > 0:
                 return done
-            bytes_held += takes
-            done += 1
-            i += 1
-            if k == 2 or (k == 1 and s == 0):
+            bytes_held += spec[s, TAKES + k] * w
+            done, i = done + 1, i + 1
+            if k == 2 or (k == 1 and (s == 0 or s >= real)):
                 continue
-            to, side = _reader(k, s, num_stages)
-            writer[to, side, count], arrived[to, side, count] = i - 1, now
+            if count > real and k == 0 and s >= real - 1:
+                if join(instance.head, w, arrived, joint, n, now, real, fixed.device[real - 1], s):
+                    depth = _wake(s, real, n, i - 1, writer, wanted, stack, depth)
+                continue
+            to, side = _reader(k, s, count)
+            writer[to, side, n], arrived[to, side, n] = i - 1, now
             other = target[s, k]
             if other >= 0:
-                now += send
-                link[d, other] = max(now, link[d, other]) + spec[s, BUSY + k]
-                arrived[to, side, count] = link[d, other] + spec[s, LATENCY + k]
-                if wanted[other] == (to * 2 + side) * m + count:
+                hop, latency = spec[s, BUSY + k] * w, spec[s, LATENCY + k]
+                now, arrived[to, side, n] = pass_on(instance, link, d, other, now, hop, latency)
+                if wanted[other] == (to * 2 + side) * m + n:
                     stack[depth], wanted[other] = other, -1
                     depth += 1
         position[d], clock[d], held[d], left[d] = i, now, bytes_held, rest
@@ -167,11 +182,33 @@ def _replay(
 
 
 @inlined
-def _reader(k: int, s: int, num_stages: int) -> Any:
+def _wake(
+    s: int,
+    real: int,
+    n: int,
+    row: int,
+    writer: Any,
+    wanted: Any,
+    stack: Any,
+    depth: int,
+) -> int:
+    """Take up who waits for what row `row` wrote for a sharded head; the stack's new depth."""
+    side, m = 0 if s == real - 1 else 1, writer.shape[2]
+    for to in range(real - side, len(writer)):
+        writer[to, side, n] = row
+        for d in range(len(wanted)):
+            if wanted[d] == (to * 2 + side) * m + n:
+                stack[depth], wanted[d] = d, -1
+                depth += 1
+    return depth
+
+
+@inlined
+def _reader(k: int, s: int, count: int) -> Any:
     """Which stage reads what kind k of stage s leaves, and as which kind."""
     if k == 1:
         return s - 1, 1
-    return (s + 1, 0) if s + 1 < num_stages else (s, 1)
+    return (s + 1, 0) if s + 1 < count else (s, 1)
 
 
 @compiled
@@ -193,7 +230,7 @@ def polish(
     least, cost = retime(instance, best, trace), retime(instance, current, trace)
     for trial in range(first, stop):
         heat = cost * hot * (cold / hot) ** (trial / total)
-        moved, source, to = _change(current, trace)
+        moved, source, to = _change(current, trace, instance.decide)
         if moved < 0:
             continue
         # Drawn first, so that a replay can stop as soon as it is refused.
@@ -209,9 +246,10 @@ def polish(
 
 
 @compiled
-def _change(fixed: Any, trace: Any) -> Any:
+def _change(fixed: Any, trace: Any, decide: Any) -> Any:
     """Change `fixed` in place: (0, row, new place), (1, border, step) or (-1, 0, 0) for nothing."""
-    if len(fixed.stop) > 1 and np.random.random() < BORDER_SHARE:
+    share = BORDER_SHARE if decide[SCHEDULE] else 1.0
+    if decide[PARTITION] and len(fixed.stop) > 1 and np.random.random() < share:
         border = np.random.randint(len(fixed.stop) - 1)
         step = 1 if np.random.random() < 0.5 else -1
         low = fixed.stop[border - 1] if border > 0 else 0
@@ -219,6 +257,8 @@ def _change(fixed: Any, trace: Any) -> Any:
             return -1, 0, 0
         fixed.stop[border] += step
         return 1, border, step
+    if not decide[SCHEDULE]:
+        return -1, 0, 0
     i = trace.path[np.random.randint(trace.length[0])]
     if np.random.random() < 0.2:
         i = np.random.randint(len(fixed.kind))

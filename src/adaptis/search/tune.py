@@ -1,10 +1,8 @@
 """`search`: the best plan that can be found, with its evidence.
 
-Two islands anneal partition, placement and rule together, then polish the order of what they found;
-a run starts anew or from the best so far, and runs grow longer. Between rounds the islands meet:
-the best is shared, the stop is asked. An island is a generator of machine code with the lock
-released, so that both cores work, and what it does depends on the seed and the number of
-evaluations alone, never on time.
+Good starts (balanced cuts, looped, waved and free placements, every named schedule), then islands
+that anneal partition, placement and rule together and polish the order of what they found
+(`adaptis.search.islands`), until the stop that was asked for. Same seed and evaluations, same plan.
 """
 
 from __future__ import annotations
@@ -21,18 +19,30 @@ import numpy as np
 from adaptis.bounds import lower_bounds
 from adaptis.cluster import uniform
 from adaptis.errors import InfeasibleError, PlanError
+from adaptis.lower import LOOKAHEAD
 from adaptis.search.anneal import anneal, even_out
 from adaptis.search.baselines import BASELINES
 from adaptis.search.convert import counted, plan_of
 from adaptis.search.explain import explain
-from adaptis.search.greedy import IMPOSSIBLE, Candidate
-from adaptis.search.instance import make_instance, price
-from adaptis.search.placement import most_stages, starts
+from adaptis.search.greedy import IMPOSSIBLE, Candidate, least_bytes
+from adaptis.search.instance import (
+    PLANNED,
+    RECOMPUTE,
+    can_shard,
+    make_instance,
+    price,
+)
+from adaptis.search.islands import ISLANDS, POLISH, WARM, Incumbent, island, merge
+from adaptis.search.partition import even_cut
+from adaptis.search.placement import starts
 from adaptis.search.polish import Fixed, fix, make_trace, polish, retime
 from adaptis.simulate import simulate_plan
+from adaptis.workload import even
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Collection
+
+    from numpy.typing import NDArray
 
     from adaptis.bounds import Bounds
     from adaptis.cluster import Cluster
@@ -40,18 +50,9 @@ if TYPE_CHECKING:
     from adaptis.profile import Profile
     from adaptis.search.instance import Instance
     from adaptis.timeline import Timeline
+    from adaptis.workload import Workload
 
-ISLANDS = 2
-ROWS_A_PIECE = 1_500_000  # computations simulated between two looks at the clock: 0.2 s
-FIRST_RUN, LONGEST_RUN = 6_000, 60_000  # trials
-EVEN_TRIALS = 5_000  # of layers only, without simulation
-# Temperatures at the beginning and the end of a run, shares of the step: anew in turns, or from
-# the best so far. Many runs of moderate length beat one long one.
-HEATS, WARM = ((0.012, 0.001), (0.006, 0.0003)), (0.003, 0.0003)
 PROOF_A_ROW = 4e-5  # seconds that the final proof takes for each computation
-POLISH = (0.001, 0.00002)
-
-
 LARGE = 1 << 13  # stage-micro-batches beyond which writing out every baseline takes seconds
 QUICK = ("gpipe", "1f1b", "interleaved", "interleaved-tuned", "zb-h1", "zb-v", "1f1b-uneven")
 
@@ -95,27 +96,6 @@ class SearchResult:
         return explain(self.plan, self.timeline, self.lower_bound, self.memory_bytes)
 
 
-@dataclass
-class _Incumbent:
-    """The best so far, and what is shared between islands."""
-
-    fixed: Fixed | None
-    cost: float
-    candidate: Candidate  # the best of the list scheduler, where warm runs begin
-    candidate_cost: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """What one piece of an island's work brought."""
-
-    evaluations: int
-    candidate: Candidate | None = None
-    candidate_cost: float = math.inf
-    fixed: Fixed | None = None
-    cost: float = math.inf
-
-
 def search(
     profile: Profile,
     cluster: Cluster,
@@ -124,56 +104,161 @@ def search(
     seed: int = 0,
     progress: Callable[[Progress], None] | None = None,
     *,
-    spare: float = 0.0,
+    decide: Collection[str] = PLANNED,
+    shard_head: str = "never",
+    workload: Workload | None = None,
 ) -> SearchResult:
     """The best plan that `stop` leaves time to find; never worse than a baseline that fits.
 
-    `spare` bytes of each device's memory stay free.
+    `decide` names what may differ from a uniform 1F1B: without "partition" all cuts are even,
+    without "placement" each device has one stage, without "schedule" backwards are whole and the
+    order is that of one rule, without "recompute" everything is saved. `shard_head` says whether
+    the last layer may be dealt out to all devices: "never", "auto" where that is faster, "always".
+    `workload` gives the micro-batches' weights, in their order; without it they are equal.
 
     Raises:
         InfeasibleError: nothing that was tried fits the devices' memory.
+        PlanError: there is no head to shard.
     """
     warm_up()
-    began = time.perf_counter()
-    bounds = lower_bounds(profile, cluster, num_microbatches)
-    instance = make_instance(profile, cluster, num_microbatches, spare)
-    pool = starts(instance)
-    best = _Incumbent(None, math.inf, pool[0][1], pool[0][0])
-    named = _best_baseline(profile, cluster, instance)
-    if named is not None:
-        best.fixed, best.cost = named
-    if best.candidate_cost < min(best.cost, IMPOSSIBLE):
-        best.fixed, best.cost = fix(instance, best.candidate), best.candidate_cost
-    evaluated = 10 * len(pool) + len(BASELINES)
-    history = [(time.perf_counter() - began, best.cost)]
-    islands = [_island(instance, best, pool, seed, number, named) for number in range(ISLANDS)]
-    with ThreadPoolExecutor(min(ISLANDS, os.cpu_count() or 1)) as threads:
-        while True:
-            seconds = time.perf_counter() - began
-            gap = bounds.gap(best.cost)
-            if progress is not None:
-                progress(Progress(seconds, evaluated, best.cost, bounds.value, gap))
-            rest = PROOF_A_ROW * len(best.fixed.kind) if best.fixed is not None else 0.0
-            if gap <= stop.gap or seconds + rest >= stop.seconds or evaluated >= stop.evaluations:
+    if shard_head == "always" and not can_shard(profile, cluster):
+        raise PlanError(
+            f"{profile.model} has no head to shard: a last layer of kind 'head' and two devices "
+            f"are needed, found {profile.layers[-1].kind!r} and {cluster.num_devices}; leave out "
+            f"--shard-head always"
+        )
+    mode = shard_head if can_shard(profile, cluster) else "never"
+    workload = workload or even(num_microbatches)
+    bounds = lower_bounds(profile, cluster, workload, mode)
+    spare = 0.0
+    while True:
+        hunt = _Hunt(profile, cluster, workload, frozenset(decide), mode, spare, seed)
+        hunt.run(stop, bounds, progress)
+        answer = hunt.result(bounds)
+        pairs = zip(answer.timeline.peak_bytes, answer.memory_bytes, strict=True)
+        over = max(peak - most for peak, most in pairs)
+        if over <= 0:
+            return answer
+        # More received values wait at a time than there was room for: leave that room as well.
+        spare += max(over, 1.0)
+
+
+class _Hunt:
+    """One search that keeps `spare` bytes of each device free."""
+
+    def __init__(
+        self,
+        profile: Profile,
+        cluster: Cluster,
+        workload: Workload,
+        decide: frozenset[str],
+        shard_head: str,
+        spare: float,
+        seed: int,
+    ) -> None:
+        self.began = time.perf_counter()
+        self.profile, self.cluster, self.workload, self.seed = profile, cluster, workload, seed
+        decide |= {"head"} if shard_head == "auto" else set()
+        cuts = None if "partition" in decide else _even_cuts(profile)
+        # Few plans need room for all values that may be posted: where it is scarce, keep less.
+        for ahead in (LOOKAHEAD + 1, 1):
+            self.instance = make_instance(
+                profile,
+                cluster,
+                workload.num_microbatches,
+                spare,
+                decide,
+                cuts,
+                ahead,
+                workload.weights,
+            )
+            self.pool = _pool(self.instance, shard_head)
+            if self.pool[0][0] < IMPOSSIBLE:
                 break
-            for found in threads.map(next, islands):
-                evaluated += found.evaluations
-                _merge(best, found)
-            if best.cost < history[-1][1]:
-                history.append((time.perf_counter() - began, best.cost))
-    if best.fixed is None:
-        raise _infeasible(instance, best.candidate)
-    answer = _result(
-        best.fixed, profile, cluster, bounds, evaluated, time.perf_counter() - began, seed, history
-    )
-    pairs = zip(answer.timeline.peak_bytes, answer.memory_bytes, strict=True)
-    over = max(peak - most for peak, most in pairs)
-    if over <= 0:
-        return answer
-    # More received values wait at a time than `instance` keeps room for: leave that room as well.
-    return search(
-        profile, cluster, num_microbatches, stop, seed, progress, spare=spare + max(over, 1.0)
-    )
+        self.best = Incumbent(None, math.inf, self.pool[0][1], self.pool[0][0])
+        whole = self.instance.decide[:RECOMPUTE].all() and shard_head != "always"
+        self.named = _best_baseline(profile, cluster, self.instance) if whole else None
+        if self.named is not None:
+            self.best.fixed, self.best.cost = self.named
+        if self.best.candidate_cost < min(self.best.cost, IMPOSSIBLE):
+            self.best.fixed = fix(self.instance, self.best.candidate)
+            self.best.cost = self.best.candidate_cost
+        self.evaluated = 10 * len(self.pool) + len(BASELINES)
+        self.history = [(self.seconds, self.best.cost)]
+
+    @property
+    def seconds(self) -> float:
+        """Since the beginning."""
+        return time.perf_counter() - self.began
+
+    def run(self, stop: Stop, bounds: Bounds, progress: Callable[[Progress], None] | None) -> None:
+        """Let the islands work until `stop`."""
+        best = self.best
+        islands = [
+            island(self.instance, best, self.pool, self.seed, number, self.named)
+            for number in range(ISLANDS)
+        ]
+        with ThreadPoolExecutor(min(ISLANDS, os.cpu_count() or 1)) as threads:
+            while True:
+                seconds, gap = self.seconds, bounds.gap(best.cost)
+                if progress is not None:
+                    progress(Progress(seconds, self.evaluated, best.cost, bounds.value, gap))
+                rest = PROOF_A_ROW * len(best.fixed.kind) if best.fixed is not None else 0.0
+                late = seconds + rest >= stop.seconds
+                if gap <= stop.gap or late or self.evaluated >= stop.evaluations:
+                    return
+                for found in threads.map(next, islands):
+                    self.evaluated += found.evaluations
+                    merge(best, found)
+                if best.cost < self.history[-1][1]:
+                    self.history.append((self.seconds, best.cost))
+
+    def result(self, bounds: Bounds) -> SearchResult:
+        """The typed answer: `simulate_plan` lowers it, proves it and simulates it again.
+
+        Raises:
+            InfeasibleError: there is none.
+        """
+        if self.best.fixed is None:
+            raise _infeasible(self.instance, self.best.candidate)
+        seconds = self.seconds
+        plan = plan_of(self.best.fixed, self.instance.num_microbatches, self.profile, "adaptis")
+        timeline = simulate_plan(plan, self.profile, self.cluster, self.workload)
+        provenance = {
+            "step_seconds": timeline.step,
+            "lower_bound_seconds": bounds.value,
+            "lower_bound": bounds.binding.name,
+            "seed": self.seed,
+            "evaluated": self.evaluated,
+            "cluster": self.cluster.describe(),
+        }
+        return SearchResult(
+            plan=replace(plan, provenance=provenance),
+            timeline=timeline,
+            lower_bound=bounds,
+            gap=bounds.gap(timeline.step),
+            evaluated=self.evaluated,
+            seconds=seconds,
+            seed=self.seed,
+            history=tuple(self.history),
+            memory_bytes=tuple(device.memory_bytes for device in self.cluster.devices),
+        )
+
+
+def _pool(instance: Instance, shard_head: str) -> list[tuple[float, Candidate]]:
+    """Where islands begin, the best first; few that are sure to take part."""
+    modes = {"never": (False,), "auto": (False, True), "always": (True,)}[shard_head]
+    pools = [starts(instance, shard) for shard in modes]
+    return sorted((pair for pool in pools for pair in pool), key=lambda pair: pair[0])
+
+
+def _even_cuts(profile: Profile) -> NDArray[np.int64]:
+    """Row k: where k + 1 stages end."""
+    count = len(profile.units())
+    table = np.zeros((count, count), dtype=np.int64)
+    for k in range(count):
+        table[k, : k + 1] = even_cut(profile, k + 1)
+    return table
 
 
 def warm_up() -> None:
@@ -187,81 +272,6 @@ def warm_up() -> None:
     even_out(instance, candidate, 0, 1, 4)
     fixed = fix(instance, candidate)
     polish(instance, fixed, fixed, 0, 0, 1, 1, *POLISH)
-
-
-def _merge(best: _Incumbent, found: _Found) -> None:
-    if found.candidate is not None and found.candidate_cost < best.candidate_cost:
-        best.candidate, best.candidate_cost = found.candidate, found.candidate_cost
-    if found.fixed is not None and found.cost < best.cost:
-        best.fixed, best.cost = found.fixed, found.cost
-
-
-def _island(
-    instance: Instance,
-    best: _Incumbent,
-    pool: list[tuple[float, Candidate]],
-    base_seed: int,
-    number: int,
-    named: tuple[Fixed, float] | None,
-) -> Iterator[_Found]:
-    """Runs for ever, a piece of work each `next`; `best` changes only between rounds."""
-    random = np.random.default_rng([base_seed, number])
-    if named is not None and number == 0:
-        yield from _polish_run(instance, named[0], FIRST_RUN // 2, random)
-    for run in range(1 << 30):
-        length = min(FIRST_RUN << (run // 2), LONGEST_RUN)
-        if run % 3 == 2:
-            start, heat = best.candidate, WARM
-        else:
-            start, heat = pool[(2 * run + number) % min(len(pool), 8)][1], HEATS[run % 2]
-            if (run + number) % 2:
-                seed = int(random.integers(1 << 31))
-                start = even_out(instance, start, seed, EVEN_TRIALS, most_stages(instance))
-        candidate, cost = start, math.inf
-        for found in _anneal_run(instance, start, length, heat, random):
-            yield found
-            if found.candidate is not None:
-                candidate, cost = found.candidate, found.candidate_cost
-        if cost < IMPOSSIBLE and cost < best.cost * 1.02:
-            yield from _polish_run(instance, fix(instance, candidate), length // 4, random)
-
-
-def _piece(instance: Instance, num_stages: int) -> int:
-    """How many trials fit between two looks at the clock."""
-    rows = 3 * num_stages * instance.num_microbatches
-    return max(ROWS_A_PIECE // rows, 16)
-
-
-def _anneal_run(
-    instance: Instance,
-    start: Candidate,
-    length: int,
-    heat: tuple[float, float],
-    random: np.random.Generator,
-) -> Iterator[_Found]:
-    current, best = start, start
-    most, first = most_stages(instance), 0
-    while first < length:
-        stop = min(first + _piece(instance, len(current.stop)), length)
-        seed = int(random.integers(1 << 31))
-        current, best, least = anneal(
-            instance, current, best, seed, first, stop, length, *heat, most
-        )
-        fixed = fix(instance, best) if least < IMPOSSIBLE else None
-        yield _Found(stop - first, best, least, fixed, least if fixed is not None else math.inf)
-        first = stop
-
-
-def _polish_run(
-    instance: Instance, start: Fixed, length: int, random: np.random.Generator
-) -> Iterator[_Found]:
-    current, best, first = start, start, 0
-    while first < length:
-        stop = min(first + _piece(instance, len(start.stop)), length)
-        seed = int(random.integers(1 << 31))
-        current, best, least = polish(instance, current, best, seed, first, stop, length, *POLISH)
-        yield _Found(stop - first, fixed=best, cost=least)
-        first = stop
 
 
 def _best_baseline(
@@ -287,8 +297,7 @@ def _best_baseline(
 def _infeasible(instance: Instance, candidate: Candidate) -> InfeasibleError:
     """Name the tightest device of the candidate that misses least."""
     tables = price(instance, candidate.stop, candidate.device)
-    needed = tables.static.copy()
-    np.add.at(needed, candidate.device, np.maximum(tables.saved, tables.kept))
+    needed = least_bytes(instance.heaviest, candidate.split, candidate.again, tables)
     device = int(np.argmax(needed - instance.memory))
     missing = math.ceil(needed[device] - instance.memory[device])
     return InfeasibleError(
@@ -297,39 +306,4 @@ def _infeasible(instance: Instance, candidate: Candidate) -> InfeasibleError:
         f"micro-batches",
         device,
         missing,
-    )
-
-
-def _result(
-    fixed: Fixed,
-    profile: Profile,
-    cluster: Cluster,
-    bounds: Bounds,
-    evaluated: int,
-    seconds: float,
-    seed: int,
-    history: list[tuple[float, float]],
-) -> SearchResult:
-    """The typed answer: `simulate_plan` lowers it, proves it and simulates it again."""
-    num_microbatches = int(np.bincount(fixed.stage[fixed.kind == 0])[0])
-    plan = plan_of(fixed, num_microbatches, profile, "adaptis")
-    timeline = simulate_plan(plan, profile, cluster)
-    provenance = {
-        "step_seconds": timeline.step,
-        "lower_bound_seconds": bounds.value,
-        "lower_bound": bounds.binding.name,
-        "seed": seed,
-        "evaluated": evaluated,
-        "cluster": cluster.describe(),
-    }
-    return SearchResult(
-        plan=replace(plan, provenance=provenance),
-        timeline=timeline,
-        lower_bound=bounds,
-        gap=bounds.gap(timeline.step),
-        evaluated=evaluated,
-        seconds=seconds,
-        seed=seed,
-        history=tuple(history),
-        memory_bytes=tuple(device.memory_bytes for device in cluster.devices),
     )

@@ -1,0 +1,1 @@
+"""What the study of plan quality needs: models, cases, kept results, figures."""
