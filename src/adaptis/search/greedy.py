@@ -116,6 +116,7 @@ def list_schedule(instance: Any, candidate: Any, tables: Any, limit: float) -> A
     """
     real, count, num_devices = len(candidate.stop), len(tables.device), len(instance.slowness)
     weights, m = instance.weights, len(instance.weights)
+    ends = (instance.send, instance.overlap)
     spec, target = make_spec(instance, candidate.split, candidate.again, candidate.limit, tables)
     rule = _priorities(instance, candidate, tables, spec)
     hosted, homes, offsets = _layout(m, num_devices, tables.device, spec)
@@ -142,7 +143,9 @@ def list_schedule(instance: Any, candidate: Any, tables: Any, limit: float) -> A
         if position[d] == offsets[d]:
             state[d, FIRST] = state[d, WHEN]
         position[d] += 1
-        other = _run(instance, real, spec, target, counts, arrived, due, state, choice, link, d)
+        other = _run(
+            ends, weights, real, spec, target, counts, arrived, due, state, choice, link, d
+        )
         if count > real and k == 0 and s >= real - 1:
             home, i = tables.device[real - 1], counts[s, 0] - 1
             if join(instance.head, weights[i], arrived, joint, i, state[d, CLOCK], real, home, s):
@@ -330,11 +333,15 @@ def _choose(
         s = hosted[h]
         for k in range(2):
             at = due[s, k]
-            i = min(counts[s, k], len(weights) - 1)
-            full = held + spec[s, NEEDS + k] * weights[i] > spec[s, ROOM + k]
-            if full or at == np.inf or at > coming:
+            i = counts[s, k]
+            # Behind the last micro-batch `at` is inf, and its weight not looked at.
+            if (
+                at == np.inf
+                or at > coming
+                or held + spec[s, NEEDS + k] * weights[i] > spec[s, ROOM + k]
+            ):
                 continue
-            rank = spec[s, RANK + k] + counts[s, k] * period + (alternate if k == last else 0.0)
+            rank = spec[s, RANK + k] + i * period + (alternate if k == last else 0.0)
             if at <= now:
                 if rank < best:
                     best, kind, stage = rank, k, s
@@ -378,7 +385,8 @@ def _next_weight(spec: Any, counts: Any, hosted: Any, first: int, stop: int, per
 
 @inlined
 def _run(
-    instance: Any,
+    ends: Any,
+    weights: Any,
     real: int,
     spec: Any,
     target: Any,
@@ -395,7 +403,7 @@ def _run(
     i = counts[s, kind]
     counts[s, kind] = i + 1
     choice[d, LAST] = kind
-    weight = instance.weights[i]
+    weight = weights[i]
     state[d, HELD] += spec[s, TAKES + kind] * weight
     seconds = (spec[s, BEFORE + kind] + spec[s, SECONDS + kind]) * weight
     end = state[d, WHEN] + spec[s, RECEIVE + kind] + seconds
@@ -410,27 +418,28 @@ def _run(
         to = -1
     if other >= 0:
         hop, latency = spec[s, BUSY + kind] * weight, spec[s, LATENCY + kind]
-        state[d, CLOCK], arrived[to, side, i] = pass_on(instance, link, d, other, end, hop, latency)
+        state[d, CLOCK], arrived[to, side, i] = pass_on(ends, link, d, other, end, hop, latency)
     elif to >= 0:
         arrived[to, side, i] = end
-    _refresh(instance.weights, spec, counts, arrived, due, s)
+    _refresh(weights, spec, counts, arrived, due, s)
     if to >= 0:
-        _refresh(instance.weights, spec, counts, arrived, due, to)
+        _refresh(weights, spec, counts, arrived, due, to)
     return other
 
 
 @inlined
 def pass_on(
-    instance: Any, link: Any, d: int, other: int, end: float, hop: float, latency: float
+    ends: Any, link: Any, d: int, other: int, end: float, hop: float, latency: float
 ) -> Any:
     """Send from device d to `other` after `end`: when d goes on, and when the value is there.
 
     Without overlap both ends are busy with a transfer: the receiver from its beginning on, which
     is what counts as being there.
     """
-    now = end + instance.send
+    send, overlap = ends
+    now = end + send
     begin = max(now, link[d, other])
-    if instance.overlap:
+    if overlap:
         link[d, other] = begin + hop
         there = begin + hop + latency
     else:

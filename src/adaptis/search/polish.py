@@ -19,6 +19,7 @@ from adaptis.search.greedy import (
     NEEDS,
     RECEIVE,
     SECONDS,
+    SPLIT,
     TAKES,
     join,
     list_schedule,
@@ -27,7 +28,7 @@ from adaptis.search.greedy import (
     pass_on,
     seconds_of_work,
 )
-from adaptis.search.instance import PARTITION, SCHEDULE, finish, inlined, price
+from adaptis.search.instance import PARTITION, SCHEDULE, finish, price
 
 BORDER_SHARE = 0.15  # of the trials move a border, the others a computation
 
@@ -97,8 +98,10 @@ def retime(instance: Any, fixed: Any, trace: Any, most: float = np.inf) -> float
     num_devices = len(fixed.offsets) - 1
     clock = np.zeros(num_devices)
     left = seconds_of_work(instance.total, num_devices, tables.device, spec)
-    left -= most * (1 + 1e-12)
-    done = _replay(instance, fixed, spec, target, tables.static.copy(), clock, trace.cause, left)
+    for d in range(num_devices):
+        left[d] -= most * (1 + 1e-12)
+    route = _routes(len(fixed.stop), spec, target)
+    done = _replay(instance, fixed, spec, route, tables.static.copy(), clock, trace.cause, left)
     if done < len(fixed.kind):
         return np.inf
     step = finish(instance, fixed.stop, fixed.device, tables.update, clock)
@@ -113,12 +116,38 @@ def retime(instance: Any, fixed: Any, trace: Any, most: float = np.inf) -> float
     return step
 
 
+# Columns of `route`; a slot is 3 times a stage, plus a kind.
+# FOLLOWER is W after I, or beyond all slots.
+READER, HOME, FOLLOWER = range(3)  # the slot that reads, its device if another
+JOINT = -2  # in READER: see `adaptis.search.greedy.join`
+
+
+@compiled
+def _routes(real: int, spec: Any, target: Any) -> Any:
+    """(3 N, 3) who reads what each slot leaves: -1 where nobody does."""
+    count = len(spec)
+    route = np.full((3 * count, 3), -1)
+    route[:, FOLLOWER] = 3 * count
+    for s in range(count):
+        last = s == count - 1
+        route[3 * s, READER] = 3 * s + 1 if last else 3 * s + 3
+        route[3 * s + 1, READER] = 3 * s - 2 if s > 0 else -1
+        if count > real and s >= real - 1:
+            route[3 * s, READER] = JOINT
+        if s >= real:
+            route[3 * s + 1, READER] = -1
+        if spec[s, SPLIT] > 0:
+            route[3 * s + 1, FOLLOWER] = 3 * s + 2
+        route[3 * s, HOME], route[3 * s + 1, HOME] = target[s, 0], target[s, 1]
+    return route
+
+
 @compiled
 def _replay(
     instance: Any,
     fixed: Any,
     spec: Any,
-    target: Any,
+    route: Any,
     held: Any,  # (D,) bytes that each device holds
     clock: Any,  # (D,) out: when each device has finished
     cause: Any,
@@ -127,15 +156,17 @@ def _replay(
     """Run every device's rows as early as possible; returns how many could run and fitted.
 
     `left` is each device's work less what time there is: positive once idle time has used that up.
-    A device that waits for a value names it in `wanted`, and is taken up when that arrives.
+    A device that waits for a value names it in `wanted`, and is taken up when that arrives. What
+    else a computation needs has come before: a gradient after its F, W after its I.
     """
-    offsets, kinds, stages = fixed.offsets, fixed.kind, fixed.stage
     count, real, num_devices, m = len(spec), len(fixed.stop), len(held), len(instance.weights)
-    weights, memory, done = instance.weights, instance.memory, 0
-    counts = np.zeros((count, 3), np.int64)
-    arrived = np.full((count, 2, m), np.inf)
-    arrived[0, 0, :] = 0.0
-    writer = np.full((count, 2, m), -1, np.int32)  # the row that writes what arrives
+    offsets, slots, weights = fixed.offsets, _slots(fixed), instance.weights
+    ends, memory, done = (instance.send, instance.overlap), instance.memory, 0
+    price, counts = _slot_prices(spec), np.zeros(3 * count, np.int64)
+    arrived = np.full((3 * count + 1, m), np.inf)
+    for n in range(m):
+        arrived[0, n] = 0.0
+    writer = np.full((3 * count, m), -1, np.int32)  # the row that writes what arrives
     link, joint = np.zeros((num_devices, num_devices)), make_joint(count - real, m)
     position, wanted = offsets[:-1].copy(), np.full(num_devices, -1)
     stack, depth = np.arange(num_devices), num_devices
@@ -143,72 +174,109 @@ def _replay(
         depth -= 1
         d = stack[depth]
         now, bytes_held, rest, first = clock[d], held[d], left[d], offsets[d]
-        i, stop = position[d], offsets[d + 1]
+        i, stop, most = position[d], offsets[d + 1], memory[d]
         while i < stop:
-            k, s = kinds[i], stages[i]
-            n = counts[s, k]
-            at = arrived[s, k, n] if k < 2 else 0.0
-            if at == np.inf or (k > 0 and n >= counts[s, k - 1]):
-                wanted[d] = (s * 2 + k) * m + n
+            slot = slots[i]
+            n = counts[slot]
+            at = arrived[slot, n]
+            if at == np.inf:
+                wanted[d] = slot * m + n
                 break
             w = weights[n]
-            before, seconds = spec[s, BEFORE + k] * w, spec[s, SECONDS + k] * w
-            now += before
-            rest -= before + seconds
-            cause[i] = writer[s, k, n] if at > now else i - 1 if i > first else -1
-            counts[s, k] = n + 1
-            now = max(at, now) + spec[s, RECEIVE + k] + seconds
-            if bytes_held + spec[s, NEEDS + k] * w > memory[d] or now + rest > 0:
+            now += price[slot, 0] * w
+            rest -= price[slot, 1] * w
+            cause[i] = writer[slot, n] if at > now else (i > first) * i - 1
+            counts[slot] = n + 1
+            now = max(at, now) + (price[slot, 2] + price[slot, 3] * w)
+            if now + rest > 0 or bytes_held + price[slot, 4] * w > most:
                 return done
-            bytes_held += spec[s, TAKES + k] * w
+            bytes_held += price[slot, 5] * w
             done, i = done + 1, i + 1
-            if k == 2 or (k == 1 and (s == 0 or s >= real)):
-                continue
-            if count > real and k == 0 and s >= real - 1:
-                if join(instance.head, w, arrived, joint, n, now, real, fixed.device[real - 1], s):
-                    depth = _wake(s, real, n, i - 1, writer, wanted, stack, depth)
-                continue
-            to, side = _reader(k, s, count)
-            writer[to, side, n], arrived[to, side, n] = i - 1, now
-            other = target[s, k]
-            if other >= 0:
-                hop, latency = spec[s, BUSY + k] * w, spec[s, LATENCY + k]
-                now, arrived[to, side, n] = pass_on(instance, link, d, other, now, hop, latency)
-                if wanted[other] == (to * 2 + side) * m + n:
-                    stack[depth], wanted[other] = other, -1
-                    depth += 1
+            arrived[route[slot, FOLLOWER], n] = now
+            to, other = route[slot, READER], route[slot, HOME]
+            if to >= 0:
+                writer[to, n], arrived[to, n] = i - 1, now
+                if other >= 0:
+                    hop, late = price[slot, 6] * w, price[slot, 7]
+                    now, arrived[to, n] = pass_on(ends, link, d, other, now, hop, late)
+                    if wanted[other] == to * m + n:
+                        stack[depth], wanted[other], depth = other, -1, depth + 1
+            elif to == JOINT:
+                home, at = fixed.device[real - 1], (slot // 3, n, i - 1)
+                depth = _meet(
+                    instance.head,
+                    w,
+                    arrived,
+                    joint,
+                    real,
+                    home,
+                    at,
+                    now,
+                    writer,
+                    wanted,
+                    stack,
+                    depth,
+                )
         position[d], clock[d], held[d], left[d] = i, now, bytes_held, rest
     return done
 
 
-@inlined
-def _wake(
-    s: int,
+@compiled
+def _slots(fixed: Any) -> Any:
+    slots = np.empty(len(fixed.kind), np.int64)
+    for i in range(len(slots)):
+        slots[i] = 3 * fixed.stage[i] + fixed.kind[i]
+    return slots
+
+
+@compiled
+def _slot_prices(spec: Any) -> Any:
+    """(3 N, 8) what `_replay` reads of a slot, side by side."""
+    table = np.empty((3 * len(spec), 8))
+    for s in range(len(spec)):
+        for k in range(3):
+            slot = 3 * s + k
+            table[slot, 0] = spec[s, BEFORE + k]
+            table[slot, 1] = spec[s, BEFORE + k] + spec[s, SECONDS + k]
+            table[slot, 2], table[slot, 3] = spec[s, RECEIVE + k], spec[s, SECONDS + k]
+            table[slot, 4], table[slot, 5] = spec[s, NEEDS + k], spec[s, TAKES + k]
+            table[slot, 6] = spec[s, BUSY + k] if k < 2 else 0.0
+            table[slot, 7] = spec[s, LATENCY + k] if k < 2 else 0.0
+    return table
+
+
+@compiled
+def _meet(
+    head: Any,
+    weight: float,
+    arrived: Any,
+    joint: Any,
     real: int,
-    n: int,
-    row: int,
+    home: int,
+    at: Any,
+    now: float,
     writer: Any,
     wanted: Any,
     stack: Any,
     depth: int,
 ) -> int:
-    """Take up who waits for what row `row` wrote for a sharded head; the stack's new depth."""
-    side, m = 0 if s == real - 1 else 1, writer.shape[2]
-    for to in range(real - side, len(writer)):
-        writer[to, side, n] = row
+    """Of a sharded head: what row `at[2]`, of stage and micro-batch `at`, leaves for all devices.
+
+    Who waits for it is taken up; the stack's new depth.
+    """
+    s, n, row = at
+    side, m = 0 if s == real - 1 else 1, writer.shape[1]
+    where = arrived[:-1].reshape((len(writer) // 3, 3, m))
+    if not join(head, weight, where, joint, n, now, real, home, s):
+        return depth
+    for to in range(real - side, len(where)):
+        slot = 3 * to + side
+        writer[slot, n] = row
         for d in range(len(wanted)):
-            if wanted[d] == (to * 2 + side) * m + n:
+            if wanted[d] == slot * m + n:
                 stack[depth], wanted[d] = d, -1
                 depth += 1
     return depth
-
-
-@inlined
-def _reader(k: int, s: int, count: int) -> Any:
-    """Which stage reads what kind k of stage s leaves, and as which kind."""
-    if k == 1:
-        return s - 1, 1
-    return (s + 1, 0) if s + 1 < count else (s, 1)
 
 
 @compiled
