@@ -6,6 +6,7 @@ import pytest
 from random_plans import uniform_profile
 
 from adaptis.cluster import uniform
+from adaptis.errors import InfeasibleError
 from adaptis.profile import Profile
 from adaptis.search import BASELINES, Stop
 from adaptis.search.ablation import FACTORS, Ablation, ablation, combinations_for
@@ -77,6 +78,12 @@ def test_what_fits_with_some_decisions_only_is_said_and_not_divided():
     assert made.lines()[-1].startswith("the gain cannot be divided")
     assert made.to_json()["ablation"][0] == {"decided": [], "step_seconds": None}
     assert made.to_json()["gained_seconds"] is None
+
+
+def test_what_fits_by_no_decision_is_refused():
+    profile = uniform_profile(2, state_bytes=100)
+    with pytest.raises(InfeasibleError, match="nothing fits"):
+        ablation(profile, uniform(2, memory_bytes=99), 2, Stop(evaluations=100))
 
 
 def test_the_figures_are_json_and_progress_is_told():

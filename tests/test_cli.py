@@ -11,8 +11,9 @@ import pytest
 from adaptis import cli
 
 VERBS = ("demo", "profile", "plan", "compare", "simulate", "check", "train", "report")
-VERBS += ("export", "import")
+VERBS += ("export", "import", "ablation")
 FIGURES = {"step_seconds", "lower_bound_seconds", "gap", "bubble_fraction", "peak_bytes"}
+DECISIONS = {"head_reductions", "recomputed_stages"}
 MIB = 1 << 20
 
 
@@ -96,7 +97,7 @@ def test_an_exact_plan_says_what_is_proven(run):
     code, out, err = run(*words, "--seconds", 20, "-o", "plan.json", "--json")
     assert code == 0, err
     result = json.loads(out)
-    assert result.keys() >= {*FIGURES, "optimal"}
+    assert result.keys() >= {*FIGURES, *DECISIONS, "optimal"}
     assert result["optimal"] == (result["gap"] <= 1e-3)
     code, out, err = run(*words, "--seconds", 20)
     assert code == 0, err
@@ -119,7 +120,18 @@ def test_an_exact_plan_says_what_is_proven(run):
         ("plan profile.json --seconds nan", "--seconds nan"),
         ("plan profile.json --memory-gib -1", "--memory-gib -1"),
         ("plan profile.json --shard-head perhaps", "--shard-head perhaps"),
-        ("plan profile.json --shard-head always", "cannot shard the head"),
+        ("compare profile.json --shard-head perhaps", "--shard-head perhaps"),
+        ("plan profile.json --shard-head auto --exact", "leave it or --exact out"),
+        ("plan profile.json --microbatches 4-8 --exact", "leave --exact out"),
+        ("plan profile.json --microbatches many", "such as 4-16"),
+        ("plan profile.json --microbatches 8-", "such as 4-16"),
+        ("plan profile.json --microbatches=-4", "such as 4-16"),
+        ("plan profile.json --microbatches 4-8-16", "such as 4-16"),
+        ("plan profile.json --microbatches 8-4", "smaller number must come first"),
+        ("plan profile.json --microbatches 0-4", "0 micro-batches"),
+        ("plan profile.json --microbatches 4-999999999", "999999999 micro-batches"),
+        ("compare profile.json --microbatches 4-8", "--microbatches"),
+        ("ablation profile.json --seconds 0", "--seconds 0"),
         ("plan profile.json -o .", "is a folder"),
         ("plan profile.json -o profile.json/plan.json", "cannot be written"),
         ("plan profile.json --cluster profile.json", "format"),
@@ -231,7 +243,7 @@ def test_the_json_of_plan_and_simulate_holds_the_promised_keys(run, planned):
     assert planned["num_microbatches"] == 8
     code, out, _ = run("plan", "profile.json", "--seconds", "0.1", "--json")
     assert code == 0
-    assert set(json.loads(out)) == FIGURES | {"search_seconds", "evaluated"}
+    assert set(json.loads(out)) == FIGURES | DECISIONS | {"search_seconds", "evaluated"}
     code, out, _ = run("simulate", "profile.json", "plan.json", "--json")
     assert code == 0
     assert set(json.loads(out)) == FIGURES | {"bubble_seconds", "busy_seconds", "fits"}
@@ -247,11 +259,126 @@ def test_compare_names_every_schedule_and_what_does_not_apply(run):
     assert {"1f1b", "gpipe"} <= set(names)
     assert "interleaved" in result["not_applicable"]
     for row in result["results"]:
-        assert set(row) == {"name", "step_seconds", "bubble_fraction", "peak_bytes", "fits"}
+        keys = {"name", "step_seconds", "bubble_fraction", "peak_bytes", "fits", "recomputed"}
+        assert set(row) == keys
         assert row["step_seconds"] >= result["lower_bound_seconds"] * (1 - 1e-9)
 
 
-@pytest.mark.parametrize("verb", ["plan", "compare"])
+@pytest.fixture
+def heavy_head(tmp_path):
+    """A profile whose head outweighs all its other layers."""
+    times = ("forward_seconds", "backward_input_seconds", "backward_weight_seconds")
+    layers = [*(layer(i) for i in range(9)), layer(9, name="head", **dict.fromkeys(times, 2e-2))]
+    (tmp_path / "heavy.json").write_text(json.dumps(model(layers=layers)))
+    return "heavy.json"
+
+
+def test_a_head_is_sharded_only_when_asked_for_and_simulated_against_its_own_bound(run, heavy_head):
+    words = ("plan", heavy_head, "--seconds", "0.2", "-o", "plan.json")
+    code, out, err = run(*words)
+    assert code == 0, err
+    assert "try --shard-head auto" in out
+    code, out, _ = run("simulate", heavy_head, "plan.json", "--json")
+    whole = json.loads(out)
+    for mode in ("auto", "always"):
+        code, out, err = run(*words, "--shard-head", mode, "--json")
+        assert code == 0, err
+        found = json.loads(out)
+        assert found["head_reductions"] == 1
+        code, out, _ = run("simulate", heavy_head, "plan.json", "--json")
+        again = json.loads(out)
+        assert again["step_seconds"] == found["step_seconds"]
+        assert again["lower_bound_seconds"] <= again["step_seconds"] < whole["step_seconds"]
+        assert again["lower_bound_seconds"] < whole["lower_bound_seconds"]
+    _, _, err = run(*words[:4], "--shard-head", "auto")
+    assert err.splitlines()[-1] == "next: adaptis plan heavy.json --shard-head auto -o plan.json"
+
+
+def test_compare_shards_the_head_of_its_own_plan_alone(run, heavy_head):
+    words = ("compare", heavy_head, "--seconds", "0.2", "--shard-head", "always", "--json")
+    code, out, err = run(*words)
+    assert code == 0, err
+    result = json.loads(out)
+    steps = [row["step_seconds"] for row in result["results"]]
+    assert result["lower_bound_seconds"] <= min(steps) == steps[-1]
+
+
+def test_a_model_without_a_head_has_none_to_shard(run, tmp_path):
+    (tmp_path / "bare.json").write_text(json.dumps(model(layers=[layer(1)] * 8)))
+    found = run("plan", "bare.json", "--shard-head", "always")
+    assert "no head to shard" in refused(found)
+    assert run("plan", "bare.json", "--shard-head", "auto", "--seconds", "0.1")[0] == 0
+
+
+def test_compare_recomputes_a_baseline_that_fits_only_so(run):
+    words = ("compare", "profile.json", "--seconds", "0.1", "--memory-gib", 29 / 1024)
+    code, out, err = run(*words, "--json")
+    assert code == 0, err
+    rows = {row["name"]: row for row in json.loads(out)["results"]}
+    assert rows["1f1b"]["fits"]
+    assert rows["1f1b"]["recomputed"]
+    plain = [row for row in rows.values() if not row["fits"]]
+    assert plain
+    assert not any(row["recomputed"] for row in plain)
+    code, out, _ = run(*words)
+    assert "1f1b * " in out
+    assert "* with every stage recomputed" in out
+    assert all(len(line) <= 80 for line in out.splitlines() if " ms  " in line)
+
+
+def test_a_range_of_microbatches_is_searched_and_its_plan_simulates_alike(run, tmp_path):
+    words = ("plan", "profile.json", "--seconds", "0.4", "--microbatches", "3-8")
+    code, out, err = run(*words, "-o", "plan.json", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert [row["num_microbatches"] for row in found["counts"]] == [4, 8]
+    assert [row["microbatch_weight"] for row in found["counts"]] == [2.0, 1.0]
+    assert found["num_microbatches"] == 8
+    assert found["step_seconds"] == min(row["step_seconds"] for row in found["counts"])
+    assert json.loads((tmp_path / "plan.json").read_text())["num_microbatches"] == 8
+    code, out, err = run("plan", *words[1:-1], "4-4", "-o", "plan.json")
+    assert code == 0, err
+    assert "4 micro-batches of 1 times the profile's size: step " in out
+
+
+def test_a_plan_is_simulated_at_the_size_of_its_microbatches(run, planned, tmp_path):
+    steps = []
+    for weight in (1, 2.0):
+        changed = planned | {"provenance": {"microbatch_weight": weight}}
+        (tmp_path / "plan.json").write_text(json.dumps(changed))
+        code, out, err = run("simulate", "profile.json", "plan.json", "--json")
+        assert code == 0, err
+        steps.append(json.loads(out))
+    assert steps[1]["step_seconds"] == pytest.approx(2 * steps[0]["step_seconds"])
+    assert steps[1]["lower_bound_seconds"] == pytest.approx(2 * steps[0]["lower_bound_seconds"])
+    assert max(steps[1]["peak_bytes"]) > max(steps[0]["peak_bytes"])
+    limit = (max(steps[0]["peak_bytes"]) + 1) / 2**30
+    words = ("check", "plan.json", "--profile", "profile.json", "--memory-gib", limit)
+    assert "GiB" in refused(run(*words), status=1)
+
+
+@pytest.mark.parametrize("weight", [0, -1.0, "2", True, None, 10**400])
+def test_a_weight_that_is_none_is_refused(run, planned, tmp_path, weight):
+    changed = planned | {"provenance": {"microbatch_weight": weight}}
+    (tmp_path / "plan.json").write_text(json.dumps(changed))
+    sentence = refused(run("simulate", "profile.json", "plan.json"))
+    assert "a finite number above 0 is needed" in sentence
+
+
+def test_ablation_divides_the_gain_between_the_decisions(run):
+    words = ("ablation", "profile.json", "--seconds", "0.05", "--microbatches", 4)
+    code, out, err = run(*words, "--json")
+    assert code == 0, err
+    assert err.splitlines()[-1] == "next: adaptis plan profile.json --microbatches 4 -o plan.json"
+    found = json.loads(out)
+    assert set(found) == {"ablation", "gained_seconds", "gained_seconds_by_decision"}
+    assert len(found["ablation"]) == 9
+    code, out, _ = run(*words)
+    assert "nothing: uniform 1F1B" in out
+    assert " ms gained: placement " in out
+
+
+@pytest.mark.parametrize("verb", ["plan", "compare", "ablation"])
 def test_too_little_memory_is_a_no_that_names_device_and_bytes(run, verb):
     code, _, err = run(verb, "profile.json", "--memory-gib", "0.001", "--seconds", "0.1")
     assert code == 1

@@ -94,11 +94,11 @@ def test_a_device_without_layers_is_listed():
 @pytest.mark.parametrize(
     ("bounds", "said"),
     [
-        ((("layer", 9.0, "9.head alone is 1.67x ..."),), "9.head alone is 1.67x ...); shard it"),
+        ((("layer", 9.0, "9.head alone is 1.67x ..."),), "1.67x ...); deal it out to all devices"),
         ((("layer", 9.0, "mlp alone is 1.67x ..."),), "mlp alone is 1.67x ...); divide it"),
         (
             (("layer", 9.0, "head alone is 1.67x ..."), ("packing", 9.1, "dealt")),
-            "(packing: head alone is 1.67x ...); shard it",
+            "(packing: head alone is 1.67x ...); deal it out to all devices (try --shard",
         ),
         ((("layer", 5.0, "head alone ..."), ("packing", 9.0, "dealt")), "(packing: dealt); layers"),
         ((("path", 9.0, "one"), ("layer", 5.0, "head alone")), "(path: one); more micro-batches"),

@@ -166,6 +166,7 @@ def profile(
 
 app.command("plan")(cli_plan.plan)
 app.command("compare")(cli_plan.compare)
+app.command("ablation")(cli_plan.ablation)
 
 
 @app.command()

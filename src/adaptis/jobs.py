@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import math
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -41,7 +42,6 @@ def setting(
     microbatches: int | None,
     cluster_file: Path | None,
     memory_gib: float | None,
-    shard_head: str = "auto",
 ) -> tuple[Profile, Cluster, int]:
     """What most verbs start from: a profile, a cluster, a number of micro-batches.
 
@@ -51,12 +51,6 @@ def setting(
     from adaptis.profile import load_profile
     from adaptis.workload import even
 
-    if shard_head not in ("auto", "never", "always"):
-        raise InputError(f"--shard-head {shard_head}: auto, never or always is needed")
-    if shard_head == "always":
-        raise InputError(
-            "--shard-head always: this version cannot shard the head yet; use auto or never"
-        )
     profile = load_profile(path)
     cluster = _cluster(path, profile, devices, cluster_file)
     if memory_gib is not None:
@@ -77,6 +71,36 @@ def setting(
     if count is None:
         raise InputError(f"{path} has no hint for the number of micro-batches; give --microbatches")
     return profile, cluster, even(count).num_microbatches
+
+
+def microbatch_counts(text: str | None) -> list[int]:
+    """The numbers that "8" or "4-16" allows, in order: of a range, the divisors of its end.
+
+    Raises:
+        InputError: it is neither.
+    """
+    from adaptis.workload import even
+
+    if text is None:
+        return []
+    found = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", text)
+    if found is None:
+        raise InputError(f"--microbatches {text}: a number, or a range such as 4-16, is needed")
+    least, most = int(found[1]), int(found[2] or found[1])
+    if least > most:
+        raise InputError(f"--microbatches {text}: the smaller number must come first")
+    counts = range(even(least).num_microbatches, even(most).num_microbatches + 1)
+    return [count for count in counts if most % count == 0]
+
+
+def check_shard_head(mode: str) -> None:
+    """Refuse what is none of the modes of `search`.
+
+    Raises:
+        InputError: naming the option.
+    """
+    if mode not in ("never", "auto", "always"):
+        raise InputError(f"--shard-head {mode}: never, auto or always is needed")
 
 
 def _cluster(
@@ -125,11 +149,12 @@ def fits_memory(
     Raises:
         InfeasibleError: it does not; which device misses how much.
     """
-    from adaptis.comparison import excess
+    from adaptis.comparison import excess, workload_of
     from adaptis.simulate import simulate_plan
 
     plan, found, cluster = simulated_setting(file, plan_file, cluster_file, memory_gib)
-    lacking = excess(simulate_plan(plan, found, cluster), cluster)
+    timeline = simulate_plan(plan, found, cluster, workload_of(plan))
+    lacking = excess(timeline, cluster)
     if lacking:
         raise lacking
 

@@ -17,13 +17,30 @@ Devices = Annotated[int | None, typer.Option(help="How many devices; default: th
 Microbatches = Annotated[
     int | None, typer.Option(help="Micro-batches per step; default: the profile's hint.")
 ]
+Counts = Annotated[
+    str | None,
+    typer.Option(
+        "--microbatches",
+        metavar="N or N-N",
+        help="Micro-batches per step; default: the profile's hint. A range such as 4-16 asks how "
+        "many to cut one batch into: 16 are of the profile's size, 8 and 4 of two and four times "
+        "it. Times are scaled in proportion: what smaller ones lose on a real device is not "
+        "modelled, so profile at the size that was chosen.",
+    ),
+]
 ClusterFile = Annotated[
     Path | None, typer.Option("--cluster", help="A cluster file: devices and links.")
 ]
 Memory = Annotated[float | None, typer.Option("--memory-gib", help="Memory of each device, GiB.")]
 Seconds = Annotated[float, typer.Option(help="How long to search.")]
 Seed = Annotated[int, typer.Option(help="Of the search.")]
-ShardHead = Annotated[str, typer.Option(help="Shard the vocabulary head: auto, never or always.")]
+ShardHead = Annotated[
+    str,
+    typer.Option(
+        metavar="never|auto|always",
+        help="Deal the vocabulary head out to all devices; training cannot run that yet.",
+    ),
+]
 
 
 def emit(value: dict[str, Any], as_json: bool) -> bool:

@@ -101,6 +101,9 @@ def ablation(
 
     A plan of fewer decisions is one of more as well: no step is longer than that of a combination
     within it. `say` hears how many of all searches are done.
+
+    Raises:
+        InfeasibleError: nothing fits, whatever is decided.
     """
     steps: dict[tuple[str, ...], float] = {}
     rows = combinations_for(profile, cluster)
@@ -113,6 +116,8 @@ def ablation(
                 profile, cluster, num_microbatches, stop, seed, decide=decided, shard_head=mode
             )
         except InfeasibleError:
+            if number + 1 == len(rows) and not any(map(math.isfinite, known)):
+                raise
             known.append(math.inf)
         else:
             known.append(answer.timeline.step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from adaptis.cluster import Cluster
     from adaptis.profile import Profile
     from adaptis.schedules import Schedule
+    from adaptis.timeline import Timeline
 
 REPLAYED_ROWS = 8_000_000  # how much "1f1b-uneven" may simulate: a second or so
 SEARCHED = ("zb-auto", "v-search")  # that look at costs, in plain Python
@@ -106,7 +107,7 @@ def _best(
     ]
     if len(plans) == 1:
         return plans[0]
-    return min(plans, key=lambda plan: _seconds(plan, profile, cluster))
+    return min(plans, key=lambda plan: _standing(plan, profile, cluster))
 
 
 def interleaved(profile: Profile, cluster: Cluster, num_microbatches: int) -> Plan:
@@ -172,14 +173,56 @@ def _stages(stops: Sequence[int]) -> list[Stage]:
     return [Stage(a, b, d) for d, (a, b) in enumerate(pairwise((0, *stops)))]
 
 
-def _seconds(plan: Plan, profile: Profile, cluster: Cluster) -> float:
-    """The step of `plan`, whether it fits or not."""
+def _standing(plan: Plan, profile: Profile, cluster: Cluster) -> tuple[bool, float]:
+    """Whether `plan` misses memory, and its step: less is better."""
     fixed = counted(plan)
     if fixed is None:
-        return simulate_plan(plan, profile, cluster).step
+        timeline = simulate_plan(plan, profile, cluster)
+        return not _fits(timeline, cluster), timeline.step
     instance = make_instance(profile, cluster, plan.num_microbatches)
+    seconds = float(retime(instance, fixed, make_trace(len(fixed.kind))))
+    if math.isfinite(seconds):
+        return False, seconds
     free = instance._replace(memory=np.full(cluster.num_devices, np.inf))
-    return float(retime(free, fixed, make_trace(len(fixed.kind))))
+    return True, float(retime(free, fixed, make_trace(len(fixed.kind))))
+
+
+def _fits(timeline: Timeline, cluster: Cluster) -> bool:
+    memory = (device.memory_bytes for device in cluster.devices)
+    return all(peak <= most for peak, most in zip(timeline.peak_bytes, memory, strict=True))
+
+
+class Fitted(NamedTuple):
+    """A baseline as it was made to fit, or as it is where nothing helps."""
+
+    plan: Plan
+    timeline: Timeline
+    fits: bool
+
+
+def fitted(
+    make: Callable[[Profile, Cluster, int], Plan],
+    profile: Profile,
+    cluster: Cluster,
+    num_microbatches: int,
+) -> Fitted:
+    """What `make` makes; with every stage recomputed where only that fits the memory.
+
+    Raises:
+        PlanError: it does not apply; why.
+    """
+    plan = make(profile, cluster, num_microbatches)
+    plain = _simulated(plan, profile, cluster)
+    if plain.fits:
+        return plain
+    stages = tuple(replace(stage, recompute=True) for stage in plan.stages)
+    again = _simulated(replace(plan, stages=stages), profile, cluster)
+    return again if again.fits else plain
+
+
+def _simulated(plan: Plan, profile: Profile, cluster: Cluster) -> Fitted:
+    timeline = simulate_plan(plan, profile, cluster)
+    return Fitted(plan, timeline, _fits(timeline, cluster))
 
 
 def _table() -> dict[str, Callable[[Profile, Cluster, int], Plan]]:

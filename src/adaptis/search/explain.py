@@ -30,6 +30,7 @@ ADVICE = {
     "path": "more micro-batches cost little, fewer save nothing",
     "memory": "more memory makes it lower",
 }
+SHARD = "deal it out to all devices (try --shard-head auto) or accept"
 
 
 def explain(
@@ -107,7 +108,7 @@ def _bound(bounds: Bounds) -> dict[str, Any]:
     reason, advice = binding.reason, ADVICE[binding.name]
     if binding.name in ("layer", "packing") and layer.seconds >= HEAVY * binding.seconds:
         reason = layer.reason
-        advice = "shard it or accept" if "head" in reason.split(" alone")[0] else ADVICE["layer"]
+        advice = SHARD if "head" in reason.split(" alone")[0] else ADVICE["layer"]
     return {"name": binding.name, "reason": reason, "advice": advice}
 
 

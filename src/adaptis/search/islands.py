@@ -82,7 +82,7 @@ def island(
         if run % 3 == (0 if instance.num_microbatches * len(best.candidate.stop) > BIG else 2):
             start, heat = best.candidate, WARM
         else:
-            start, heat = pool[(2 * run + number) % min(len(pool), 8)][1], HEATS[run % 2]
+            start, heat = pool[(2 * run + number) % min(len(pool), 12)][1], HEATS[run % 2]
             if (run + number) % 2 and instance.decide[:SCHEDULE].all():
                 seed = int(random.integers(1 << 31))
                 trials = EVEN_TRIALS * len(instance.output)
@@ -93,7 +93,7 @@ def island(
             if found.candidate is not None:
                 candidate, cost = found.candidate, found.candidate_cost
         if cost < IMPOSSIBLE and cost < best.cost * 1.02:
-            yield from _polish_run(instance, fix(instance, candidate), length, random)
+            yield from _polish_run(instance, fix(instance, candidate), length // 3, random)
 
 
 def _length(instance: Instance, example: Candidate | Fixed, run: int) -> int:

@@ -164,8 +164,7 @@ def _replay(
     ends, memory, done = (instance.send, instance.overlap), instance.memory, 0
     price, counts = _slot_prices(spec), np.zeros(3 * count, np.int64)
     arrived = np.full((3 * count + 1, m), np.inf)
-    for n in range(m):
-        arrived[0, n] = 0.0
+    arrived[0, :] = 0.0
     writer = np.full((3 * count, m), -1, np.int32)  # the row that writes what arrives
     link, joint = np.zeros((num_devices, num_devices)), make_joint(count - real, m)
     position, wanted = offsets[:-1].copy(), np.full(num_devices, -1)
@@ -202,20 +201,10 @@ def _replay(
                     if wanted[other] == to * m + n:
                         stack[depth], wanted[other], depth = other, -1, depth + 1
             elif to == JOINT:
-                home, at = fixed.device[real - 1], (slot // 3, n, i - 1)
+                at = slot // 3, n, i - 1
+                reached = arrived, writer, joint, wanted, stack
                 depth = _meet(
-                    instance.head,
-                    w,
-                    arrived,
-                    joint,
-                    real,
-                    home,
-                    at,
-                    now,
-                    writer,
-                    wanted,
-                    stack,
-                    depth,
+                    instance.head, fixed.device[real - 1], w, real, at, now, reached, depth
                 )
         position[d], clock[d], held[d], left[d] = i, now, bytes_held, rest
     return done
@@ -247,23 +236,13 @@ def _slot_prices(spec: Any) -> Any:
 
 @compiled
 def _meet(
-    head: Any,
-    weight: float,
-    arrived: Any,
-    joint: Any,
-    real: int,
-    home: int,
-    at: Any,
-    now: float,
-    writer: Any,
-    wanted: Any,
-    stack: Any,
-    depth: int,
+    head: Any, home: int, weight: float, real: int, at: Any, now: float, reached: Any, depth: int
 ) -> int:
     """Of a sharded head: what row `at[2]`, of stage and micro-batch `at`, leaves for all devices.
 
     Who waits for it is taken up; the stack's new depth.
     """
+    arrived, writer, joint, wanted, stack = reached
     s, n, row = at
     side, m = 0 if s == real - 1 else 1, writer.shape[1]
     where = arrived[:-1].reshape((len(writer) // 3, 3, m))
