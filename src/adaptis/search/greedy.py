@@ -150,7 +150,8 @@ def list_schedule(instance: Any, candidate: Any, tables: Any, limit: float) -> A
             home, i = tables.device[real - 1], counts[s, 0] - 1
             if join(instance.head, weights[i], arrived, joint, i, state[d, CLOCK], real, home, s):
                 for each in range(real - 1, count):
-                    _refresh(weights, spec, counts, arrived, due, each)
+                    _refresh(weights, spec, counts, arrived, due, each, 0)
+                    _refresh(weights, spec, counts, arrived, due, each, 1)
                 for each in range(num_devices):
                     _choose(rule, weights, spec, counts, due, state, choice, hosted, homes, each)
         _choose(rule, weights, spec, counts, due, state, choice, hosted, homes, d)
@@ -360,14 +361,12 @@ def _choose(
 
 
 @inlined
-def _refresh(weights: Any, spec: Any, counts: Any, arrived: Any, due: Any, s: int) -> None:
-    """When the next F and the next B or I of stage s could begin: inf where that is not known."""
-    for k in range(2):
-        i = counts[s, k]
-        full = k == 0 and i - counts[s, 1] >= spec[s, LIMIT]
-        due[s, k] = np.inf
-        if not full and i < len(weights):
-            due[s, k] = arrived[s, k, i] - spec[s, BEFORE + k] * weights[i]
+def _refresh(weights: Any, spec: Any, counts: Any, arrived: Any, due: Any, s: int, k: int) -> None:
+    """When the next F (k = 0) or B or I (1) of stage s could begin: inf where that is not known."""
+    i = counts[s, k]
+    due[s, k] = np.inf
+    if i < len(weights) and (k == 1 or i - counts[s, 1] < spec[s, LIMIT]):
+        due[s, k] = arrived[s, k, i] - spec[s, BEFORE + k] * weights[i]
 
 
 @inlined
@@ -421,9 +420,11 @@ def _run(
         state[d, CLOCK], arrived[to, side, i] = pass_on(ends, link, d, other, end, hop, latency)
     elif to >= 0:
         arrived[to, side, i] = end
-    _refresh(weights, spec, counts, arrived, due, s)
+    _refresh(weights, spec, counts, arrived, due, s, 0)
+    if kind == 1:
+        _refresh(weights, spec, counts, arrived, due, s, 1)
     if to >= 0:
-        _refresh(weights, spec, counts, arrived, due, to)
+        _refresh(weights, spec, counts, arrived, due, to, side)
     return other
 
 
