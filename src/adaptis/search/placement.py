@@ -40,7 +40,7 @@ RAMPS = (
     (1,) * 8,
 )
 BEST_SHAPES = 8  # are tried with every rule
-EVEN_TRIALS = 60  # of layers only, without simulation, for each layer
+EVEN_TRIALS = 30  # of layers only, without simulation, for each layer
 # period, alternate, fit, patience, defer: see `adaptis.search.greedy`
 RULES = (
     (0.5, 1.0, 0.5, 0.0, 100.0),
