@@ -130,9 +130,10 @@ def list_schedule(instance: Any, candidate: Any, tables: Any, limit: float) -> A
     link, joint = np.zeros((num_devices, num_devices)), make_joint(count - real, m)
     position = offsets[:-1].copy()
     left = seconds_of_work(instance.total, num_devices, tables.device, spec)
-    for d in range(num_devices):
-        _choose(rule, weights, spec, counts, due, state, choice, hosted, homes, d)
+    stale, num_stale = np.arange(num_devices), num_devices  # devices that have to choose anew
     for _ in range(offsets[-1]):
+        for each in range(num_stale):
+            _choose(rule, weights, spec, counts, due, state, choice, hosted, homes, stale[each])
         d = _next_device(state)
         if state[d, WHEN] == np.inf or state[d, WHEN] + left[d] > limit * (1 + 1e-12):
             state[:, CLOCK] = np.inf
@@ -153,10 +154,12 @@ def list_schedule(instance: Any, candidate: Any, tables: Any, limit: float) -> A
                     _refresh(weights, spec, counts, arrived, due, each, 0)
                     _refresh(weights, spec, counts, arrived, due, each, 1)
                 for each in range(num_devices):
-                    _choose(rule, weights, spec, counts, due, state, choice, hosted, homes, each)
-        _choose(rule, weights, spec, counts, due, state, choice, hosted, homes, d)
+                    stale[each] = each
+                num_stale = num_devices
+                continue
+        stale[0], num_stale = d, 1
         if other >= 0:
-            _choose(rule, weights, spec, counts, due, state, choice, hosted, homes, other)
+            stale[1], num_stale = other, 2
     return Orders(offsets, kinds, stages, state)
 
 
@@ -309,7 +312,7 @@ def _priorities(instance: Any, candidate: Any, tables: Any, spec: Any) -> Any:
     return period, alternate, candidate.knobs[FIT], candidate.knobs[PATIENCE]
 
 
-@compiled
+@inlined
 def _choose(
     rule: Any,
     weights: Any,
