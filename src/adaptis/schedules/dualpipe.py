@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from adaptis.program import Work
     from adaptis.schedules.shape import Shape
 
-F, B, I, W = Op.FORWARD, Op.BACKWARD, Op.BACKWARD_INPUT, Op.BACKWARD_WEIGHT  # noqa: E741
-
 
 class _Rank:
     """What comes next on one rank, in each of two phases: a stage and its micro-batches."""
@@ -27,16 +25,16 @@ class _Rank:
         self.due: deque[Compute] = deque()  # weight halves
 
     def forward(self, phase: int) -> Compute:
-        return Compute(F, self.stages[phase], next(self.forwards[phase]))
+        return Compute(Op.FORWARD, self.stages[phase], next(self.forwards[phase]))
 
     def backward(self, phase: int) -> Compute:
-        return Compute(B, self.stages[phase], next(self.backwards[phase]))
+        return Compute(Op.BACKWARD, self.stages[phase], next(self.backwards[phase]))
 
     def half(self, phase: int) -> Compute:
         """A backward whose weight half is left for later."""
         whole = self.backward(phase)
-        self.due.append(Compute(W, whole.stage, whole.microbatch))
-        return Compute(I, whole.stage, whole.microbatch)
+        self.due.append(Compute(Op.BACKWARD_WEIGHT, whole.stage, whole.microbatch))
+        return Compute(Op.BACKWARD_INPUT, whole.stage, whole.microbatch)
 
     def pair(self, phase: int) -> Overlap:
         """A forward of this phase with a backward of the other."""
@@ -82,7 +80,7 @@ def dualpipe_v(rank: int, shape: Shape) -> Iterator[Work]:
     micro-batches.
 
     References: Qi et al., "DualPipe could be better without the Dual", 2025.
-    """  # noqa: E501
+    """  # noqa: E501 - the drawing is as wide as the schedule is long
     p, m = shape.p, shape.m
     yield from _both(rank, p, m, _Rank((rank, range(m)), (2 * p - 1 - rank, range(m))))
 

@@ -25,6 +25,7 @@ from adaptis.errors import InputError
 from adaptis.lower import LOOKAHEAD
 from adaptis.plan import Plan
 from adaptis.program import Compute, Op
+from adaptis.rows import B, F, I, W
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from adaptis.plan import Stage
     from adaptis.profile import Profile
 
-F, B, I, W = range(4)  # noqa: E741 - the letters of the field
 FUSED, SPLIT, EITHER = "fused", "split", "either"  # how the backward of a stage may run
 
 

@@ -17,6 +17,7 @@ from adaptis.kernels import compiled
 from adaptis.lower import LOOKAHEAD
 from adaptis.model import HEAD as HEAD_LAYER
 from adaptis.plan import Plan, Stage
+from adaptis.rows import B, F, I, W
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 DECISIONS = ("partition", "placement", "schedule", "recompute", "head")
 PARTITION, PLACEMENT, SCHEDULE, RECOMPUTE, HEAD = range(5)
 PLANNED = DECISIONS[:HEAD]
-
-F, B, I, W = 0, 1, 2, 3  # noqa: E741 - the letters of the field; as in `adaptis.timeline.OPS`
 
 # For what the inner loops call: handing over arrays costs more than such a helper does with them.
 inlined = numba.njit(inline="always", nogil=True)
