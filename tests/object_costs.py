@@ -34,9 +34,10 @@ class Costs:
             if scores == (self.plan.head_reductions == 1):
                 work += head.backward_input
             overhead = overheads.forward if scores else overheads.backward_weight
-            return weight * (overhead + work / self.plan.num_devices) / speed
+            return (overhead + weight * work / self.plan.num_devices) / speed
         name = SECONDS[compute.op]
-        return weight * (getattr(overheads, name) + self.total(compute.stage, name)) / speed
+        work = self.total(compute.stage, name)
+        return (getattr(overheads, name) + weight * work) / speed
 
     def pieces(self, device, instruction):
         """The computations of an instruction, each with its seconds as shown."""

@@ -93,7 +93,7 @@ def _orders(  # noqa: C901 - a small state machine
     return tuple(map(tuple, orders))
 
 
-def make_profile(seed, num_layers, send_and_receive=True):
+def make_profile(seed, num_layers, overheads=True):
     """Seconds up to 0.01, bytes that add up exactly; now and then a shared parameter."""
     rng = random.Random(seed)
 
@@ -121,7 +121,6 @@ def make_profile(seed, num_layers, send_and_receive=True):
                 output_bytes=size(),
             )
         )
-    ends = (seconds(), seconds()) if send_and_receive else (0.0, 0.0)
     shared = ()
     if num_layers > 1 and rng.random() < 0.5:
         shared = (Shared(tuple(sorted(rng.sample(range(num_layers), 2))), size()),)
@@ -129,7 +128,7 @@ def make_profile(seed, num_layers, send_and_receive=True):
         model="random",
         tokens_per_microbatch=128,
         layers=tuple(layers),
-        overheads=Overheads(seconds(), seconds(), seconds(), seconds(), *ends),
+        overheads=Overheads(*(seconds() for _ in range(6))) if overheads else Overheads(),
         shared=shared,
     )
 

@@ -32,7 +32,7 @@ from adaptis.errors import Error, InputError, PlanError, ProgramError
 from adaptis.lower import lower
 from adaptis.notation import parse_order
 from adaptis.plan import Plan, Stage
-from adaptis.profile import LayerCost, Profile, Shared, load_profile
+from adaptis.profile import LayerCost, Overheads, Profile, Shared, load_profile
 from adaptis.program import Compute, Kind, Op, Program
 from adaptis.schedules import SCHEDULES
 from adaptis.schedules.shape import Shape
@@ -214,9 +214,9 @@ def test_idle_time_and_work_add_up_to_the_makespan(seed):
 
 @settings(max_examples=60)
 @given(seed=seeds, weight=st.sampled_from([0.5, 2.0, 3.0]))
-def test_a_microbatch_of_twice_the_weight_takes_twice_as_long(seed, weight):
+def test_a_microbatch_of_twice_the_weight_takes_twice_as_long_but_for_overheads(seed, weight):
     plan = make_plan(seed)
-    profile = make_profile(seed + 1, plan.num_layers, send_and_receive=False)
+    profile = make_profile(seed + 1, plan.num_layers, overheads=False)
     devices = make_cluster(seed + 2, plan.num_devices).devices
     cluster = Cluster(devices, Link(0.0, 1e5), Link(0.0, 1e4))
     even = simulate_plan(plan, profile, cluster)
@@ -224,6 +224,13 @@ def test_a_microbatch_of_twice_the_weight_takes_twice_as_long(seed, weight):
     assert heavy.end == pytest.approx(even.end * weight, rel=1e-12)
     for (_, a), (_, b) in zip(even.memory, heavy.memory, strict=True):
         assert b - b[0] == pytest.approx((a - a[0]) * weight)
+
+
+def test_an_overhead_is_the_same_whatever_the_microbatch_weighs():
+    plan = schedule_plan("gpipe", 1, 2)
+    profile = replace(uniform_profile(1), overheads=Overheads(forward=0.5, backward=0.25))
+    timeline = simulate_plan(plan, profile, uniform(1), Workload((3.0, 1.0)))
+    assert timeline.start.tolist() == [0, 3.5, 5, 11.25]
 
 
 def test_one_heavy_microbatch_delays_what_follows():

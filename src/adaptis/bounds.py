@@ -82,9 +82,10 @@ class _Costs(NamedTuple):
     forward: Floats
     back: Floats  # all of the backward
     first: Floats  # what of it comes before the gradient can go on
-    extra: tuple[float, float, float]  # overheads of the three
-    part: float  # seconds of one device's part of a sharded head, each micro-batch
+    extra: tuple[float, float, float]  # overheads of the three, whatever the weight
+    part: float  # seconds of one device's part of a sharded head
     part_first: float  # of S, before the gradient can go back
+    part_extra: tuple[float, float]  # overheads of both, and of S
     update: float
     saved: Floats  # bytes
     state: float  # bytes that all devices hold together
@@ -94,8 +95,7 @@ def _costs(profile: Profile, cluster: Cluster, weights: Floats, shared: int) -> 
     """`shared` is 1 where the last layer is sharded."""
     extra, p = profile.overheads, cluster.num_devices
     layers, head = profile.layers[: profile.num_layers - shared], profile.layers[-1]
-    scores = (head.forward + head.backward_input) / p + extra.forward
-    gradient = head.backward_weight / p + extra.backward_weight
+    scores, gradient = (head.forward + head.backward_input) / p, head.backward_weight / p
     twice = sum((len(s.layers) - 1) * profile.shared_state(s) for s in profile.shared)
     return _Costs(
         names=[layer.name for layer in layers],
@@ -111,6 +111,7 @@ def _costs(profile: Profile, cluster: Cluster, weights: Floats, shared: int) -> 
         ),
         part=shared * (scores + gradient),
         part_first=shared * scores,
+        part_extra=(shared * (extra.forward + extra.backward_weight), shared * extra.forward),
         update=sum(layer.update for layer in profile.layers),
         saved=np.array([layer.saved_bytes for layer in layers], dtype=np.float64),
         state=sum(layer.state_bytes for layer in profile.layers) - twice,
@@ -118,13 +119,13 @@ def _costs(profile: Profile, cluster: Cluster, weights: Floats, shared: int) -> 
 
 
 def _bounds(costs: _Costs, cluster: Cluster) -> Bounds:
-    m, extra, least = float(costs.weights.sum()), sum(costs.extra[:2]), float(costs.weights.min())
+    m, least = float(costs.weights.sum()), float(costs.weights.min())
     speeds = np.sort([device.speed for device in cluster.devices])[::-1]
     # F of all layers before, of the smallest micro-batch
     reach = least * np.concatenate([[0.0], np.cumsum(costs.forward)[:-1]])
     total = m * float((costs.forward + costs.back).sum()) + costs.update
-    total += m * costs.part * len(speeds)
-    work = _work(total, m * extra, speeds)
+    total += _parts(costs) * len(speeds)
+    work = _work(total, len(costs.weights) * sum(costs.extra[:2]), speeds)
     mean = max(float(np.min(work / _used(speeds, costs))), 0.0)
     fill = _fill(work, reach, costs, speeds)
     at, heavy = _heaviest(costs, reach)
@@ -132,7 +133,10 @@ def _bounds(costs: _Costs, cluster: Cluster) -> Bounds:
         m * float(costs.forward[at] + costs.back[at]) * len(speeds) / work[0] if work[0] else 0.0
     )
     fair = _packing(costs, reach, cluster)
-    path = float((costs.forward + costs.first).sum()) + costs.extra[0] + costs.extra[2]
+    path = float(costs.weights.max()) * (
+        float((costs.forward + costs.first).sum()) + costs.part_first
+    )
+    path += costs.extra[0] + costs.extra[2] + costs.part_extra[1]
     memory = _memory(costs, cluster, mean * float(speeds.sum()))
     fastest = float(speeds[0])
     return Bounds(
@@ -157,7 +161,7 @@ def _bounds(costs: _Costs, cluster: Cluster) -> Bounds:
             ),
             Bound(
                 "path",
-                float(costs.weights.max()) * (path + costs.part_first) / fastest,
+                path / fastest,
                 "one micro-batch goes through all layers, forward and backward",
             ),
             Bound(
@@ -169,6 +173,11 @@ def _bounds(costs: _Costs, cluster: Cluster) -> Bounds:
     )
 
 
+def _parts(costs: _Costs) -> float:
+    """Seconds of one device's part of a sharded head in a step."""
+    return float(costs.weights.sum() * costs.part + len(costs.weights) * costs.part_extra[0])
+
+
 def _used(speeds: Floats, costs: _Costs) -> Floats:
     """The speed of 1, 2, ... devices; all of them have parts of a sharded head."""
     return np.full(len(speeds), speeds.sum()) if costs.part else np.cumsum(speeds)
@@ -176,12 +185,12 @@ def _used(speeds: Floats, costs: _Costs) -> Floats:
 
 def _heaviest(costs: _Costs, reach: Floats) -> tuple[int, float]:
     """The layer that keeps its device longest, and for how many seconds, from the step's start."""
-    m, least = costs.weights.sum(), costs.weights.min()
+    m, least, count = costs.weights.sum(), costs.weights.min(), len(costs.weights)
     forward, back, first = costs.extra
-    whole = m * (costs.forward + costs.back + forward + back) + reach
-    inside = m * (costs.forward + costs.first + forward + first) + reach
+    whole = m * (costs.forward + costs.back) + count * (forward + back) + reach
+    inside = m * (costs.forward + costs.first) + count * (forward + first) + reach
     inside += least * np.concatenate([[0.0], np.cumsum(costs.first)[:-1]])
-    heavy = np.maximum(whole, inside) + m * costs.part
+    heavy = np.maximum(whole, inside) + _parts(costs)
     at = int(np.argmax(heavy))
     return at, float(heavy[at])
 
@@ -198,8 +207,7 @@ def _fill(work: Floats, reach: Floats, costs: _Costs, speeds: Floats) -> float:
     different layers. So the k-th device to begin waits for k layers at least, and with k devices,
     sum of speed x (T - wait) >= work. Parts of a sharded head begin later than any stage.
     """
-    once = costs.extra[0] * costs.weights.min()
-    starts = np.sort(reach + once * (np.arange(len(reach)) > 0)) / speeds[0]
+    starts = np.sort(reach + costs.extra[0] * (np.arange(len(reach)) > 0)) / speeds[0]
     best = np.inf
     for used in range(1, min(len(speeds), len(starts)) + 1):
         waiting = min(len(speeds), len(starts)) if costs.part else used
@@ -210,15 +218,15 @@ def _fill(work: Floats, reach: Floats, costs: _Costs, speeds: Floats) -> float:
 
 def _packing(costs: _Costs, reach: Floats, cluster: Cluster) -> float:
     """The fairest deal of whole layers; on equal devices the k-th to begin waits for k layers."""
-    m, once = costs.weights.sum(), costs.extra[0] * costs.weights.min()
+    m, extra = costs.weights.sum(), len(costs.weights) * sum(costs.extra[:2])
     slowness = np.array([1.0 / device.speed for device in cluster.devices])
     waits = np.zeros(len(slowness))
     if np.ptp(slowness) == 0:
-        starts = (reach + once * (np.arange(len(reach)) > 0)) * slowness[0]
+        starts = (reach + costs.extra[0] * (np.arange(len(reach)) > 0)) * slowness[0]
         waits[: len(starts)] = starts[: len(waits)]
-    waits += m * costs.part * slowness
+    waits += _parts(costs) * slowness
     work = m * (costs.forward + costs.back)
-    return fairest(work, slowness, waits, m * sum(costs.extra[:2]))
+    return fairest(work, slowness, waits, extra)
 
 
 def _memory(costs: _Costs, cluster: Cluster, work: float) -> float:

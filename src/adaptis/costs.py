@@ -48,12 +48,16 @@ SUM_BYTES = 8  # what S leaves for each token: the largest logit and the sum of 
 
 @dataclass(frozen=True, eq=False)
 class StageCosts:
-    """Seconds and bytes per stage s and one micro-batch of weight 1; D devices, S stages."""
+    """Seconds and bytes per stage s and one micro-batch of weight 1; D devices, S stages.
+
+    The overhead of an instruction is the part of its seconds that does not grow with the weight.
+    """
 
     forward: Floats  # (S,)
     backward: Floats
     backward_input: Floats
     backward_weight: Floats
+    overheads: Floats  # (operations, D) seconds of the above, and of S and T, at any weight
     recomputed: NDArray[np.bool_]  # whether the stage keeps only its input
     overlapped: Floats  # seconds hidden where F is fused with a B as long
     input: Floats  # bytes of the stage's input
@@ -124,6 +128,7 @@ def price(plan: Plan, profile: Profile, cluster: Cluster) -> StageCosts:
         backward=(total("backward") + extra.backward) * slowness,
         backward_input=(total("backward_input") + extra.backward_input) * slowness,
         backward_weight=(total("backward_weight") + extra.backward_weight) * slowness,
+        overheads=_overheads(profile, cluster),
         recomputed=np.array([stage.recompute for stage in stages]),
         overlapped=total("overlapped") * slowness,
         input=inputs,
@@ -150,6 +155,19 @@ def price(plan: Plan, profile: Profile, cluster: Cluster) -> StageCosts:
         norm=2 * _slowest(cluster, range(cluster.num_devices), 0.0),
         shared=_shared(plan, profile, cluster),
     )
+
+
+def _overheads(profile: Profile, cluster: Cluster) -> Floats:
+    """(operations, D) seconds that an instruction takes whatever it computes."""
+    extra, table = profile.overheads, np.zeros((len(OPS), cluster.num_devices))
+    for codes, seconds in (
+        ((F, R, S), extra.forward),
+        ((B,), extra.backward),
+        ((I,), extra.backward_input),
+        ((W, T), extra.backward_weight),
+    ):
+        table[codes, :] = seconds
+    return table / np.array([device.speed for device in cluster.devices])
 
 
 def _static(plan: Plan, profile: Profile, cluster: Cluster, state: Floats) -> Floats:
@@ -308,7 +326,8 @@ def price_rows(rows: Rows, costs: StageCosts, weights: Floats) -> RowCosts:
     heavy = weights[rows.microbatch]
     table = np.zeros((len(rows.op), 4))
     computing, moving = table[:n], table[n : n + rows.num_transfers]
-    computing[:, SECONDS] = _compute_seconds(rows, costs) * heavy[:n]
+    seconds, once = _compute_seconds(rows, costs)
+    computing[:, SECONDS] = seconds * heavy[:n] + once * (1 - heavy[:n])
     hop, latency = _hops(rows, costs, heavy)
     received, sent = rows.transfer >= 0, rows.sent >= 0
     computing[received, TAKE] = costs.receive
@@ -327,8 +346,8 @@ def price_rows(rows: Rows, costs: StageCosts, weights: Floats) -> RowCosts:
     return RowCosts(table, *_bytes(rows, costs, heavy))
 
 
-def _compute_seconds(rows: Rows, costs: StageCosts) -> Floats:
-    """How long each computation takes for a micro-batch of weight 1."""
+def _compute_seconds(rows: Rows, costs: StageCosts) -> tuple[Floats, Floats]:
+    """How long each computation takes for a micro-batch of weight 1, and the overhead in that."""
     table = np.zeros((len(OPS), len(costs.forward) + 1))  # the last stage is a sharded head
     for code, values in (
         (F, costs.forward),
@@ -343,7 +362,7 @@ def _compute_seconds(rows: Rows, costs: StageCosts) -> Floats:
     for code, values in ((S, costs.head.scores), (T, costs.head.gradient)):
         mine = np.flatnonzero(columns.op == code)
         result[mine] = values[rows.source[mine]]
-    return result
+    return result, costs.overheads[columns.op, rows.source[: rows.num_computations]]
 
 
 def _hops(rows: Rows, costs: StageCosts, heavy: Floats) -> tuple[Floats, Floats]:

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 
 from adaptis.kernels import compiled
-from adaptis.search.greedy import IMPOSSIBLE, WORKED, assess, evaluate, lacks
+from adaptis.search.greedy import IMPOSSIBLE, WORKED, assess, evaluate
 from adaptis.search.instance import price
 from adaptis.search.moves import burdens, move_layers, mutate
+from adaptis.search.room import is_limited, least_bytes, missing
 
 STAGE_COST = 0.001  # what one more stage per device must gain, a share of the busiest device's work
 
@@ -72,7 +73,8 @@ def _unfairness(instance: Any, candidate: Any, state: Any) -> float:
     """The seconds of the busiest device, dearer with every stage; fills column WORKED."""
     state[:, WORKED] = burdens(instance, candidate)
     load = state[:, WORKED].max() * (1 + STAGE_COST * len(candidate.stop) / len(state))
-    if np.min(instance.memory) == np.inf:
+    if not is_limited(instance):
         return load
     tables = price(instance, candidate.stop, candidate.device)
-    return load * (1 + 10 * lacks(instance, candidate.split, candidate.again, tables))
+    needed = least_bytes(instance.heaviest, candidate.split, candidate.again, tables)
+    return load * (1 + 10 * missing(instance.memory, needed))

@@ -24,17 +24,19 @@ import numpy as np
 
 from adaptis.kernels import compiled
 from adaptis.search.instance import B, F, I, W, finish, inlined, price
+from adaptis.search.room import is_limited, least_bytes, missing, peak_bytes, reserved
 
 # What `knobs` holds: see `_priorities` and `_choose`.
-PERIOD, ALTERNATE, FIT, PATIENCE, DEFER = range(5)
-NUM_KNOBS = 5
+PERIOD, ALTERNATE, FIT, PATIENCE, DEFER, RESERVE = range(6)
+NUM_KNOBS = 6
 IMPOSSIBLE = 1e9  # seconds; what does not fit costs more
 
-# Columns of a stage's row in `spec`: the first six take three, one a kind, the next three two.
-# NEEDS is the most that a computation takes beside what is held, TAKES what it leaves; BEFORE is
-# what it does before its value must be there: recomputing.
-SECONDS, RANK, TAKES, NEEDS, RECEIVE, BEFORE, BUSY, LATENCY = 0, 3, 6, 9, 12, 15, 18, 20
-ROOM, LIMIT, SPLIT, NUM_SPEC = 22, 24, 25, 26
+# Columns of a stage's row in `spec`: the first seven take three, one a kind, the next three two.
+# NEEDS is the most that a computation takes beside what is held, TAKES what it leaves. Its SECONDS
+# grow with the micro-batch; ONCE, overhead and receiving, do not. BEFORE and ONCE_BEFORE are what
+# it does before its value must be there: recomputing.
+SECONDS, RANK, TAKES, NEEDS, ONCE, BEFORE, ONCE_BEFORE = range(0, 21, 3)
+BUSY, LATENCY, ROOM, LIMIT, SPLIT, NUM_SPEC = 21, 23, 25, 27, 28, 29
 # Columns of a device's row in `state`: when it is free, bytes held, seconds worked, when it
 # began, when its choice begins.
 CLOCK, HELD, WORKED, FIRST, WHEN = range(5)
@@ -51,7 +53,7 @@ class Candidate(NamedTuple):
     again: Any  # (S,) whether it is recomputed; then its backward is whole
     nudge: Any  # (S, 3) what is added to the priorities of F, B or I, and W
     limit: Any  # (S,) micro-batches in flight, >= 1
-    knobs: Any  # (5,) the rule
+    knobs: Any  # (6,) the rule
 
 
 class Orders(NamedTuple):
@@ -73,39 +75,22 @@ def evaluate(instance: Any, candidate: Any) -> float:
 def assess(instance: Any, candidate: Any, limit: float) -> Any:
     """As `evaluate`, or inf above `limit`; and how each device fared, columns CLOCK to WHEN."""
     tables = price(instance, candidate.stop, candidate.device)
-    missing = lacks(instance, candidate.split, candidate.again, tables)
-    if missing > 0:
-        return IMPOSSIBLE * (1 + missing), np.zeros((len(instance.slowness), 5))
+    limited = is_limited(instance)
+    if limited:
+        needed = least_bytes(instance.heaviest, candidate.split, candidate.again, tables)
+        needed += reserved(tables, candidate.knobs[RESERVE], instance.heaviest)
+        share = missing(instance.memory, needed)
+        if share > 0:
+            return IMPOSSIBLE * (1 + share), np.zeros((len(instance.slowness), 5))
     orders = list_schedule(instance, candidate, tables, limit)
     last = orders.state[:, CLOCK].copy()
+    if limited and last[0] < np.inf:
+        rows = orders.offsets, orders.kind, orders.stage
+        needed = peak_bytes(instance.weights, candidate.split, candidate.again, rows, tables)
+        share = missing(instance.memory, needed)
+        if share > 0:
+            return IMPOSSIBLE * (1 + share), orders.state
     return finish(instance, candidate.stop, candidate.device, tables.update, last), orders.state
-
-
-@compiled
-def least_bytes(most: float, split: Any, again: Any, tables: Any) -> Any:
-    """(D,) bytes to hold the layers and one micro-batch of weight `most` in every stage."""
-    held, peak = tables.static.copy(), tables.static.copy()
-    for s in range(len(tables.device)):
-        d = tables.device[s]
-        if s < len(again) and again[s]:
-            held[d] += tables.input[s] * most
-            peak[d] = max(peak[d], held[d] + tables.saved[s] * most)
-        else:
-            kept = tables.kept[s] if s < len(split) and split[s] else 0.0
-            held[d] += max(tables.saved[s], kept) * most
-        peak[d] = max(peak[d], held[d])
-    return peak
-
-
-@compiled
-def lacks(instance: Any, split: Any, again: Any, tables: Any) -> float:
-    """What devices miss to hold what they must, as a share of their memory."""
-    held = least_bytes(instance.heaviest, split, again, tables)
-    missing = 0.0
-    for d in range(len(held)):
-        if held[d] > instance.memory[d]:
-            missing += (held[d] - instance.memory[d]) / max(instance.memory[d], 1.0)
-    return missing
 
 
 @compiled
@@ -118,6 +103,7 @@ def list_schedule(instance: Any, candidate: Any, tables: Any, limit: float) -> A
     weights, m = instance.weights, len(instance.weights)
     ends = (instance.send, instance.overlap)
     spec, target = make_spec(instance, candidate.split, candidate.again, candidate.limit, tables)
+    _add_bytes(instance, candidate.split, candidate.again, tables, spec)
     rule = _priorities(instance, candidate, tables, spec)
     hosted, homes, offsets = _layout(m, num_devices, tables.device, spec)
     kinds, stages = np.empty(offsets[-1], np.int8), np.empty(offsets[-1], np.int32)
@@ -126,10 +112,10 @@ def list_schedule(instance: Any, candidate: Any, tables: Any, limit: float) -> A
     arrived[0, 0, :] = 0.0
     due = arrived[:, :, 0].copy()
     state, choice = np.zeros((num_devices, 5)), np.full((num_devices, 3), -1)
-    state[:, HELD] = tables.static
+    state[:, HELD] = tables.static + reserved(tables, candidate.knobs[RESERVE], instance.heaviest)
     link, joint = np.zeros((num_devices, num_devices)), make_joint(count - real, m)
     position = offsets[:-1].copy()
-    left = seconds_of_work(instance.total, num_devices, tables.device, spec)
+    left = seconds_of_work(instance.total, m, num_devices, tables.device, spec)
     stale, num_stale = np.arange(num_devices), num_devices  # devices that have to choose anew
     for _ in range(offsets[-1]):
         for each in range(num_stale):
@@ -140,6 +126,7 @@ def list_schedule(instance: Any, candidate: Any, tables: Any, limit: float) -> A
             break
         k, s = choice[d, KIND], choice[d, STAGE]
         left[d] -= (spec[s, BEFORE + k] + spec[s, SECONDS + k]) * weights[counts[s, k]]
+        left[d] -= spec[s, ONCE_BEFORE + k] + spec[s, ONCE + k]
         kinds[position[d]], stages[position[d]] = k, s
         if position[d] == offsets[d]:
             state[d, FIRST] = state[d, WHEN]
@@ -214,12 +201,13 @@ def _next_device(state: Any) -> int:
 
 
 @compiled
-def seconds_of_work(m: float, num_devices: int, device: Any, spec: Any) -> Any:
-    """Seconds of work of each device on micro-batches of weight `m` together."""
+def seconds_of_work(total: float, m: float, num_devices: int, device: Any, spec: Any) -> Any:
+    """(D,) seconds that m micro-batches of weight `total` together keep each device busy."""
     work = np.zeros(num_devices)
     for s in range(len(device)):
-        seconds = spec[s, SECONDS] + spec[s, SECONDS + 1] + spec[s, SECONDS + 2]
-        work[device[s]] += m * (spec[s, BEFORE + 1] + seconds)
+        for k in range(3):
+            work[device[s]] += total * (spec[s, BEFORE + k] + spec[s, SECONDS + k])
+            work[device[s]] += m * (spec[s, ONCE_BEFORE + k] + spec[s, ONCE + k])
     return work
 
 
@@ -246,36 +234,53 @@ def make_spec(instance: Any, split: Any, again: Any, limit: Any, tables: Any) ->
     """
     count, real, device, remote = len(tables.device), len(split), tables.device, tables.remote
     spec, target = np.zeros((count, NUM_SPEC)), np.full((count, 2), -1)
-    later, heaviest = np.zeros(len(instance.slowness)), instance.heaviest
-    for s in range(count - 1, -1, -1):
+    for s in range(count):
         halved, anew = s < real and split[s], s < real and again[s]
-        spec[s, SECONDS] = tables.seconds[F, s]
-        spec[s, SECONDS + 1] = tables.seconds[I if halved else B, s]
-        spec[s, SECONDS + 2] = tables.seconds[W, s] if halved else 0.0
-        kept = tables.kept[s] if halved else 0.0
-        most = max(tables.saved[s], kept)
+        for k, op in enumerate((F, I if halved else B, W)):
+            if k < 2 or halved:
+                spec[s, ONCE + k] = tables.once[op, s]
+                spec[s, SECONDS + k] = tables.seconds[op, s] - tables.once[op, s]
         if anew:
-            most = tables.input[s]
-            spec[s, BEFORE + 1], spec[s, NEEDS + 1] = tables.seconds[F, s], tables.saved[s]
-        spec[s, TAKES], spec[s, TAKES + 1], spec[s, TAKES + 2] = most, kept - most, -kept
-        spec[s, NEEDS] = most
-        later[device[s]] = max(later[device[s]], spec[s, NEEDS + 1] * heaviest)
-        spec[s, ROOM + 1] = instance.memory[device[s]]
-        spec[s, ROOM] = instance.memory[device[s]] - later[device[s]]
-        later[device[s]] += most * heaviest
+            spec[s, ONCE_BEFORE + 1] = tables.once[F, s]
+            spec[s, BEFORE + 1] = tables.seconds[F, s] - tables.once[F, s]
         spec[s, LIMIT] = limit[s] if s < len(limit) else np.inf
         spec[s, SPLIT] = 1.0 if halved else 0.0
         for k in range(2):
             spec[s, BUSY + k], spec[s, LATENCY + k] = tables.busy[k, s], tables.latency[k, s]
             source, to = (s - 1, s + 1) if k == 0 else (s + 1, s - 1)
             if 0 <= source < count and remote[k, source]:
-                spec[s, RECEIVE + k] = instance.receive
+                spec[s, ONCE + k] += instance.receive
                 if not instance.overlap:  # the receiver is busy with the transfer as well
-                    spec[s, RECEIVE + k] += tables.latency[k, source]
+                    spec[s, ONCE + k] += tables.latency[k, source]
                     spec[s, SECONDS + k] += tables.busy[k, source]
             if remote[k, s]:
                 target[s, k] = device[to]
     return spec, target
+
+
+@compiled
+def _add_bytes(instance: Any, split: Any, again: Any, tables: Any, spec: Any) -> None:
+    """What each computation takes and leaves, and how much its device may hold before it.
+
+    From the last stage to the first: `later` is what the stages behind need on the device.
+    """
+    later, heaviest = np.zeros(len(instance.slowness)), instance.heaviest
+    for s in range(len(spec) - 1, -1, -1):
+        d, inside = tables.device[s], s < len(split)
+        kept = tables.kept[s] if inside and split[s] else 0.0
+        most = max(tables.saved[s], kept)
+        if inside and again[s]:
+            most = tables.input[s]
+            spec[s, NEEDS + 1] = tables.saved[s]
+        spec[s, NEEDS] = most
+        spec[s, TAKES], spec[s, TAKES + 1], spec[s, TAKES + 2] = most, kept - most, -kept
+        # What is received stays while its reader runs.
+        back = tables.received[1, s] * heaviest
+        front = tables.received[0, s] * heaviest if inside else 0.0
+        spec[s, ROOM + 1] = instance.memory[d] - back
+        later[d] = max(later[d], spec[s, NEEDS + 1] * heaviest + back, front)
+        spec[s, ROOM] = instance.memory[d] - later[d]
+        later[d] += most * heaviest
 
 
 @compiled
@@ -288,10 +293,11 @@ def _priorities(instance: Any, candidate: Any, tables: Any, spec: Any) -> Any:
     device's work on one micro-batch. Returns what `_choose` goes by.
     """
     real = len(candidate.stop)
-    scale = seconds_of_work(1, len(tables.static), tables.device, spec).max()
+    scale = seconds_of_work(1, 1, len(tables.static), tables.device, spec).max()
     defer, follow = candidate.knobs[DEFER] * scale, 0.0
     for s in range(real):
-        follow += spec[s, BEFORE + 1] + spec[s, SECONDS + 1]
+        follow += spec[s, BEFORE + 1] + spec[s, ONCE_BEFORE + 1]
+        follow += spec[s, SECONDS + 1] + spec[s, ONCE + 1]
         follow += spec[s, BUSY + 1] + spec[s, LATENCY + 1]
         spec[s, RANK + 1] = -follow
         spec[s, RANK + 2] = -spec[s, SECONDS + 2]
@@ -303,7 +309,7 @@ def _priorities(instance: Any, candidate: Any, tables: Any, spec: Any) -> Any:
         spec[s, RANK] = -follow
         spec[s, RANK + 1] = defer - spec[s, SECONDS + 1]
     for s in range(real - 1, -1, -1):
-        follow += spec[s, SECONDS] + spec[s, BUSY] + spec[s, LATENCY]
+        follow += spec[s, SECONDS] + spec[s, ONCE] + spec[s, BUSY] + spec[s, LATENCY]
         spec[s, RANK] = -follow
         spec[s, RANK + 2] += defer
         for k in range(3):
@@ -369,7 +375,8 @@ def _refresh(weights: Any, spec: Any, counts: Any, arrived: Any, due: Any, s: in
     i = counts[s, k]
     due[s, k] = np.inf
     if i < len(weights) and (k == 1 or i - counts[s, 1] < spec[s, LIMIT]):
-        due[s, k] = arrived[s, k, i] - spec[s, BEFORE + k] * weights[i]
+        before = spec[s, BEFORE + k] * weights[i] + spec[s, ONCE_BEFORE + k]
+        due[s, k] = arrived[s, k, i] - before
 
 
 @inlined
@@ -408,7 +415,8 @@ def _run(
     weight = weights[i]
     state[d, HELD] += spec[s, TAKES + kind] * weight
     seconds = (spec[s, BEFORE + kind] + spec[s, SECONDS + kind]) * weight
-    end = state[d, WHEN] + spec[s, RECEIVE + kind] + seconds
+    seconds += spec[s, ONCE_BEFORE + kind] + spec[s, ONCE + kind]
+    end = state[d, WHEN] + seconds
     state[d, WORKED] += seconds
     state[d, CLOCK] = end
     if kind == 2:

@@ -14,7 +14,6 @@ import numpy as np
 
 from adaptis.costs import price as price_plan
 from adaptis.kernels import compiled
-from adaptis.lower import LOOKAHEAD
 from adaptis.model import HEAD as HEAD_LAYER
 from adaptis.plan import Plan, Stage
 from adaptis.rows import B, F, I, W
@@ -44,7 +43,8 @@ class Head(NamedTuple):
     update: Any  # (D,) seconds of the optimizer
     share: float  # seconds to hand the last stage's output to all
     sum: float  # and to add up what S leaves
-    saved: float  # bytes from S to T
+    input: float  # bytes of that output
+    saved: float  # bytes from S to T, with the input
     state: float  # bytes of parameters, gradients, optimizer
     workspace: float
 
@@ -74,7 +74,6 @@ class Instance(NamedTuple):
     shared_state: Any  # (K,) with gradient and optimizer
     head: Head  # the last layer, if it is sharded over all devices
     decide: Any  # (5,) which of DECISIONS are open
-    ahead: int  # received values that a device keeps room for
     even: Any  # (n, n) row k: where k + 1 even stages end; empty where the cut is open
 
     @property
@@ -91,10 +90,12 @@ class Tables(NamedTuple):
 
     device: Any  # (N,)
     seconds: Any  # (4, N)
+    once: Any  # (4, N) what of it does not grow with the weight
     busy: Any  # (2, N) seconds on the link: of the output, of the input gradient
     latency: Any  # (2, N)
     remote: Any  # (2, N) whether they cross devices
     input: Any  # (N,) bytes
+    received: Any  # (2, N) bytes that F, and B or I, get from other devices
     saved: Any  # (N,) bytes from F to B or I
     kept: Any  # (N,) bytes from I to W
     static: Any  # (D,) bytes held throughout
@@ -108,7 +109,6 @@ def make_instance(
     spare: float = 0.0,
     decide: Collection[str] = DECISIONS,
     even: NDArray[np.int64] | None = None,
-    ahead: int = LOOKAHEAD + 1,
     weights: Sequence[float] = (),
 ) -> Instance:
     """The arrays of one planning problem; `spare` bytes of each device stay free.
@@ -150,7 +150,6 @@ def make_instance(
         shared_state=np.array([profile.shared_state(s) for s in profile.shared], dtype=np.float64),
         head=_make_head(profile, cluster),
         decide=_open(profile, cluster, decide),
-        ahead=ahead,
         even=np.zeros((0, 0), dtype=np.int64) if even is None else even,
     )
 
@@ -175,7 +174,7 @@ def _make_head(profile: Profile, cluster: Cluster) -> Head:
     """As `adaptis.costs` prices it, with one sum: the second one only makes the chain longer."""
     p, last, before = cluster.num_devices, profile.layers[-1], profile.num_layers - 1
     if not before:  # nothing would be left for the stages
-        return Head(np.zeros(p), np.zeros(p), np.zeros(p), 0.0, 0.0, 0.0, 0.0, 0.0)
+        return Head(np.zeros(p), np.zeros(p), np.zeros(p), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
     plan = Plan(1, (Stage(0, before, 0),), ((),) * p, head_reductions=1)
     head = price_plan(plan, profile, cluster).head
     return Head(
@@ -184,6 +183,7 @@ def _make_head(profile: Profile, cluster: Cluster) -> Head:
         update=np.array([last.update / p / device.speed for device in cluster.devices]),
         share=float(head.share),
         sum=float(head.sum_s),
+        input=float(head.input),
         saved=float(head.saved + head.input),
         state=float(last.state_bytes / p),
         workspace=float(last.workspace_bytes / p),
@@ -212,7 +212,7 @@ def price(instance: Any, stop: Any, device: Any) -> Any:
     """The tables of the stages that end before layer `stop[s]` and run on `device[s]`."""
     num_stages, num_devices = len(stop), len(instance.slowness)
     count = num_stages + (num_devices if is_sharded(instance, stop) else 0)
-    seconds = np.empty((4, count))
+    seconds, once, received = np.empty((4, count)), np.empty((4, count)), np.zeros((2, count))
     busy, latency = np.zeros((2, count)), np.zeros((2, count))
     remote = np.zeros((2, count), np.bool_)
     inputs, saved, kept = np.zeros(count), np.empty(count), np.zeros(count)
@@ -225,6 +225,7 @@ def price(instance: Any, stop: Any, device: Any) -> Any:
         for k in range(4):
             work = instance.seconds[k, end] - instance.seconds[k, start] + instance.extra[k]
             seconds[k, s] = work * instance.slowness[d]
+            once[k, s] = instance.extra[k] * instance.slowness[d]
         static[d] += instance.sizes[0, end] - instance.sizes[0, start]
         inputs[s] = instance.output[start - 1] if start > 0 else 0.0
         saved[s] = instance.sizes[1, end] - instance.sizes[1, start]
@@ -237,49 +238,50 @@ def price(instance: Any, stop: Any, device: Any) -> Any:
             busy[0, s], busy[1, s + 1] = onto, onto
             latency[0, s], latency[1, s + 1] = instance.link[0, between], instance.link[0, between]
             remote[0, s], remote[1, s + 1] = True, True
+            received[1, s] = received[0, s + 1] = instance.output[end - 1]
         start = end
-    _reserve(instance, stop, device, static)
+    _add_workspace(instance, stop, device, static)
     for k in range(len(instance.shared_bytes)):
         held = _holders(instance, k, stop, device)
         for d in range(num_devices):
             static[d] -= max(held[d] - 1, 0) * instance.shared_state[k]
-    tables = Tables(homes, seconds, busy, latency, remote, inputs, saved, kept, static, update)
+    tables = Tables(
+        homes, seconds, once, busy, latency, remote, inputs, received, saved, kept, static, update
+    )
     if count > num_stages:
-        _price_head(instance.head, tables, num_stages)
+        _price_head(instance, tables, num_stages)
     return tables
 
 
 @compiled
-def _price_head(head: Any, tables: Any, first: int) -> None:
+def _price_head(instance: Any, tables: Any, first: int) -> None:
     """The parts of a sharded head, from stage `first` on."""
+    head = instance.head
     for d in range(len(tables.static)):
         s = first + d
         tables.device[s] = d
         tables.seconds[F, s], tables.seconds[B, s] = head.scores[d], head.gradient[d]
         tables.seconds[I, s], tables.seconds[W, s] = head.gradient[d], 0.0
+        tables.once[:, s] = instance.extra[W] * instance.slowness[d]
+        tables.once[F, s] = instance.extra[F] * instance.slowness[d]
+        tables.received[0, s] = head.input if d != tables.device[first - 1] else 0.0
         tables.saved[s] = head.saved
         tables.static[d] += head.state
         tables.update[d] += head.update[d]
 
 
 @compiled
-def _reserve(instance: Any, stop: Any, device: Any, static: Any) -> None:
-    """Room for the largest workspace, and for as many received values as are posted ahead."""
-    num_devices, last = len(static), len(stop) - 1
-    value, workspace = np.zeros(num_devices), np.zeros(num_devices)
+def _add_workspace(instance: Any, stop: Any, device: Any, static: Any) -> None:
+    """Room for the largest workspace of each device's layers."""
+    workspace, start = np.zeros(len(static)), 0
     if is_sharded(instance, stop):
         workspace += instance.head.workspace
-    start = 0
-    for s in range(len(stop)):
-        d = device[s]
-        if s > 0 and device[s - 1] != d:
-            value[d] = max(value[d], instance.output[start - 1])
-        if s < last and device[s + 1] != d:
-            value[d] = max(value[d], instance.output[stop[s] - 1])
-        if len(instance.workspace):
-            workspace[d] = max(workspace[d], np.max(instance.workspace[start : stop[s]]))
-        start = stop[s]
-    static += instance.ahead * value + workspace
+    if len(instance.workspace):
+        for s in range(len(stop)):
+            most = np.max(instance.workspace[start : stop[s]])
+            workspace[device[s]] = max(workspace[device[s]], most)
+            start = stop[s]
+    static += workspace
 
 
 @compiled

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from adaptis.kernels import compiled
+from adaptis.lower import LOOKAHEAD
 from adaptis.search.greedy import (
     ALTERNATE,
     CLOCK,
@@ -22,6 +23,7 @@ from adaptis.search.greedy import (
     NUM_KNOBS,
     PATIENCE,
     PERIOD,
+    RESERVE,
     WORKED,
     Candidate,
 )
@@ -37,9 +39,11 @@ from adaptis.search.instance import (
     W,
     is_sharded,
 )
+from adaptis.search.room import is_limited
 
 NO_LIMIT = 1 << 30
 MOST_DOUBLINGS = 4  # at most 2 ** 3 proposals
+MOST_RESERVED = LOOKAHEAD  # values that may have been received besides the one that is read
 TRUST = 0.5  # how often the diagnosis decides
 
 
@@ -68,7 +72,7 @@ def mutate(instance: Any, candidate: Any, state: Any, cost: float, most_stages: 
     if not instance.decide[kind]:
         return candidate
     if kind == SCHEDULE:
-        return _move_order(instance.decide, candidate)
+        return _move_order(instance, candidate)
     if kind == RECOMPUTE:
         return _move_recompute(candidate)
     if kind == HEAD:
@@ -139,37 +143,42 @@ def burdens(instance: Any, candidate: Any) -> Any:
     It begins once the layers before its first stage have run forward, and after its last backward
     the gradient goes on through those layers, beside which only weight gradients can still run.
     """
-    num_devices = len(instance.slowness)
+    num_devices, m = len(instance.slowness), len(instance.weights)
     load, late = np.zeros(num_devices), np.zeros(num_devices)
     first, start = np.full(num_devices, -1), 0
     for s in range(len(candidate.stop)):
         d, stop = candidate.device[s], candidate.stop[s]
         if first[d] < 0:
             first[d] = start
-        work = _one(instance, F, start, stop) * (2 if candidate.again[s] else 1)
+        again = 2 if candidate.again[s] else 1
+        total, calls = _one(instance, F, start, stop) * again, instance.extra[F] * again
         if candidate.split[s]:
-            work += _one(instance, I, start, stop) + _one(instance, W, start, stop)
-            late[d] += _one(instance, W, start, stop) * instance.slowness[d]
+            weight = _one(instance, W, start, stop)
+            total += _one(instance, I, start, stop) + weight
+            calls += instance.extra[I] + instance.extra[W]
+            late[d] += (instance.total * weight + m * instance.extra[W]) * instance.slowness[d]
         else:
-            work += _one(instance, B, start, stop)
-        load[d] += work * instance.slowness[d]
+            total += _one(instance, B, start, stop)
+            calls += instance.extra[B]
+        load[d] += (instance.total * total + m * calls) * instance.slowness[d]
         start = stop
-    one = instance.total / len(instance.weights) * instance.slowness.min()
+    one = instance.total / m * instance.slowness.min()
     sharded = is_sharded(instance, candidate.stop)
     for d in range(num_devices):
         if sharded:
-            load[d] += instance.head.scores[d] + instance.head.gradient[d]
-        load[d] *= instance.total
+            calls = (instance.extra[F] + instance.extra[W]) * instance.slowness[d]
+            work = instance.head.scores[d] + instance.head.gradient[d] - calls
+            load[d] += instance.total * work + m * calls
         if first[d] > 0:
-            tail = instance.seconds[I, first[d]] * one - instance.total * late[d]
+            tail = instance.seconds[I, first[d]] * one - late[d]
             load[d] += instance.seconds[F, first[d]] * one + max(tail, 0.0)
     return load
 
 
 @compiled
 def _one(instance: Any, op: int, start: int, stop: int) -> float:
-    """Seconds of one instruction at speed 1."""
-    return instance.seconds[op, stop] - instance.seconds[op, start] + instance.extra[op]
+    """Seconds of one instruction of weight 1 at speed 1, without overhead."""
+    return instance.seconds[op, stop] - instance.seconds[op, start]
 
 
 @compiled
@@ -359,7 +368,7 @@ def _move_head(instance: Any, candidate: Any) -> Any:
 
 
 @compiled
-def _move_order(decide: Any, candidate: Any) -> Any:
+def _move_order(instance: Any, candidate: Any) -> Any:
     """Another rule, other priorities, another limit, or a backward in one piece or two."""
     trial = copy(candidate)
     s, draw = np.random.randint(len(trial.stop)), np.random.random()
@@ -368,9 +377,10 @@ def _move_order(decide: Any, candidate: Any) -> Any:
     elif draw < 0.65:
         trial.nudge[s, np.random.randint(3)] = 0.0
     elif draw < 0.85:
-        _turn_knob(trial.knobs, np.random.randint(NUM_KNOBS))
+        # What is kept free matters only where there is a limit.
+        _turn_knob(trial.knobs, np.random.randint(NUM_KNOBS - (not is_limited(instance))))
     elif draw < 0.95:
-        if decide[RECOMPUTE] or not trial.again[s]:
+        if instance.decide[RECOMPUTE] or not trial.again[s]:
             trial.split[s] = not trial.split[s]
             trial.again[s] = False
     else:
@@ -393,3 +403,5 @@ def _turn_knob(knobs: Any, knob: int) -> None:
         knobs[knob] = np.random.random() if np.random.random() < 0.5 else 0.0
     elif knob == DEFER:
         knobs[knob] = np.random.random() * 10 if np.random.random() < 0.5 else 100.0
+    elif knob == RESERVE:
+        knobs[knob] = np.random.randint(MOST_RESERVED + 1)

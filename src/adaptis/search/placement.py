@@ -9,7 +9,7 @@ import numpy as np
 from adaptis.search.anneal import even_out
 from adaptis.search.greedy import Candidate, evaluate
 from adaptis.search.instance import PARTITION, PLACEMENT, RECOMPUTE, SCHEDULE
-from adaptis.search.moves import NO_LIMIT
+from adaptis.search.moves import MOST_RESERVED, NO_LIMIT
 from adaptis.search.partition import bottleneck_cut
 
 if TYPE_CHECKING:
@@ -58,26 +58,30 @@ def most_stages(instance: Instance) -> int:
     return min(len(instance.output), max(8 * num_devices, 16), affordable)
 
 
-def starts(instance: Instance, shard: bool = False) -> list[tuple[float, Candidate]]:
+def starts(
+    instance: Instance, shard: bool = False, reserve: int = MOST_RESERVED
+) -> list[tuple[float, Candidate]]:
     """Candidates with their seconds, the best shapes under their best rule; best first.
 
-    With `shard`, the last layer belongs to all devices and to no stage.
+    With `shard`, the last layer belongs to all devices and to no stage. Memory is kept free for
+    `reserve` received values.
     """
+    rules = [np.array((*rule, reserve), dtype=np.float64) for rule in RULES]
     shapes = list(_shapes(instance, len(instance.output) - shard))
     evened = instance.decide[:SCHEDULE].all()
     few = 3 * len(instance.slowness) * instance.num_microbatches > MOST_ROWS // 8
     found = []
     for stop, device in shapes:
-        plain = _candidates(instance, stop, device, RULES[:1])
+        plain = _candidates(instance, stop, device, rules[0])
         found += plain
         if evened and not few:
             trials = EVEN_TRIALS * len(instance.output)
             found += [even_out(instance, c, 0, trials, most_stages(instance)) for c in plain]
     if not few:
-        found += [c._replace(knobs=np.array(RULES[1])) for c in found]
+        found += [c._replace(knobs=rules[1]) for c in found]
     rated = _rated(instance, found)
     for _, candidate in rated[:BEST_SHAPES] if instance.decide[SCHEDULE] and not few else ():
-        others = [candidate._replace(knobs=np.array(rule)) for rule in RULES]
+        others = [candidate._replace(knobs=rule) for rule in rules]
         others += [c._replace(split=np.zeros_like(c.split)) for c in others]
         rated += _rated(instance, others)
     return sorted(rated, key=lambda pair: pair[0])
@@ -141,8 +145,8 @@ def _lightest(instance: Instance, stop: Any, weights: Any) -> Any:
     return device
 
 
-def _candidates(instance: Instance, stop: Any, device: Any, rules: Any) -> list[Candidate]:
-    """One shape under `rules`, in two halves where that is to be decided; recomputed as well."""
+def _candidates(instance: Instance, stop: Any, device: Any, rule: Any) -> list[Candidate]:
+    """One shape under `rule`, in two halves where that is to be decided; recomputed as well."""
     n = len(stop)
     return [
         Candidate(
@@ -152,9 +156,8 @@ def _candidates(instance: Instance, stop: Any, device: Any, rules: Any) -> list[
             again=np.full(n, again),
             nudge=np.zeros((n, 3)),
             limit=np.full(n, NO_LIMIT, dtype=np.int64),
-            knobs=np.array(rule, dtype=np.float64),
+            knobs=rule,
         )
-        for rule in rules
         for again in ((False, True) if instance.decide[RECOMPUTE] else (False,))
     ]
 

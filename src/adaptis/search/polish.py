@@ -16,11 +16,10 @@ from adaptis.search.greedy import (
     BEFORE,
     BUSY,
     LATENCY,
-    NEEDS,
-    RECEIVE,
+    ONCE,
+    ONCE_BEFORE,
     SECONDS,
     SPLIT,
-    TAKES,
     join,
     list_schedule,
     make_joint,
@@ -29,6 +28,7 @@ from adaptis.search.greedy import (
     seconds_of_work,
 )
 from adaptis.search.instance import PARTITION, SCHEDULE, finish, price
+from adaptis.search.room import is_limited, missing, peak_bytes
 
 BORDER_SHARE = 0.15  # of the trials move a border, the others a computation
 
@@ -97,13 +97,19 @@ def retime(instance: Any, fixed: Any, trace: Any, most: float = np.inf) -> float
     spec, target = make_spec(instance, fixed.split, fixed.again, limit, tables)
     num_devices = len(fixed.offsets) - 1
     clock = np.zeros(num_devices)
-    left = seconds_of_work(instance.total, num_devices, tables.device, spec)
+    left = seconds_of_work(instance.total, len(instance.weights), num_devices, tables.device, spec)
     for d in range(num_devices):
         left[d] -= most * (1 + 1e-12)
     route = _routes(len(fixed.stop), spec, target)
-    done = _replay(instance, fixed, spec, route, tables.static.copy(), clock, trace.cause, left)
-    if done < len(fixed.kind):
+    if left.max() > 0:
         return np.inf
+    if _replay(instance, fixed, spec, route, clock, trace.cause, left) < len(fixed.kind):
+        return np.inf
+    if is_limited(instance):
+        rows = fixed.offsets, fixed.kind, fixed.stage
+        needed = peak_bytes(instance.weights, fixed.split, fixed.again, rows, tables)
+        if missing(instance.memory, needed) > 0:
+            return np.inf
     step = finish(instance, fixed.stop, fixed.device, tables.update, clock)
     d = np.argmax(clock + tables.update)
     i = fixed.offsets[d + 1] - 1 if fixed.offsets[d + 1] > fixed.offsets[d] else -1
@@ -148,20 +154,20 @@ def _replay(
     fixed: Any,
     spec: Any,
     route: Any,
-    held: Any,  # (D,) bytes that each device holds
     clock: Any,  # (D,) out: when each device has finished
     cause: Any,
     left: Any,
 ) -> int:
-    """Run every device's rows as early as possible; returns how many could run and fitted.
+    """Run every device's rows as early as possible; returns how many could run.
 
-    `left` is each device's work less what time there is: positive once idle time has used that up.
+    `left` is each device's work less what time there is: positive once waits, and what it spends
+    on sending, have used that up.
     A device that waits for a value names it in `wanted`, and is taken up when that arrives. What
     else a computation needs has come before: a gradient after its F, W after its I.
     """
-    count, real, num_devices, m = len(spec), len(fixed.stop), len(held), len(instance.weights)
+    count, real, num_devices, m = len(spec), len(fixed.stop), len(clock), len(instance.weights)
     offsets, slots, weights = fixed.offsets, _slots(fixed), instance.weights
-    ends, memory, done = (instance.send, instance.overlap), instance.memory, 0
+    ends, done = (instance.send, instance.overlap), 0
     price, counts = _slot_prices(spec), np.zeros(3 * count, np.int64)
     arrived = np.full((3 * count + 1, m), np.inf)
     arrived[0, :] = 0.0
@@ -172,8 +178,7 @@ def _replay(
     while depth > 0:
         depth -= 1
         d = stack[depth]
-        now, bytes_held, rest, first = clock[d], held[d], left[d], offsets[d]
-        i, stop, most = position[d], offsets[d + 1], memory[d]
+        now, late, i, first, stop = clock[d], left[d], position[d], offsets[d], offsets[d + 1]
         while i < stop:
             slot = slots[i]
             n = counts[slot]
@@ -182,22 +187,24 @@ def _replay(
                 wanted[d] = slot * m + n
                 break
             w = weights[n]
-            now += price[slot, 0] * w
-            rest -= price[slot, 1] * w
+            now += price[slot, 0] * w + price[slot, 1]
             cause[i] = writer[slot, n] if at > now else (i > first) * i - 1
             counts[slot] = n + 1
-            now = max(at, now) + (price[slot, 2] + price[slot, 3] * w)
-            if now + rest > 0 or bytes_held + price[slot, 4] * w > most:
-                return done
-            bytes_held += price[slot, 5] * w
+            if at > now:
+                late += at - now
+                now = at
+                if late > 0:
+                    return done
+            now += price[slot, 2] * w + price[slot, 3]
             done, i = done + 1, i + 1
             arrived[route[slot, FOLLOWER], n] = now
             to, other = route[slot, READER], route[slot, HOME]
             if to >= 0:
                 writer[to, n], arrived[to, n] = i - 1, now
                 if other >= 0:
-                    hop, late = price[slot, 6] * w, price[slot, 7]
-                    now, arrived[to, n] = pass_on(ends, link, d, other, now, hop, late)
+                    hop, latency, late = price[slot, 4] * w, price[slot, 5], late - now
+                    now, arrived[to, n] = pass_on(ends, link, d, other, now, hop, latency)
+                    late += now
                     if wanted[other] == to * m + n:
                         stack[depth], wanted[other], depth = other, -1, depth + 1
             elif to == JOINT:
@@ -206,7 +213,7 @@ def _replay(
                 depth = _meet(
                     instance.head, fixed.device[real - 1], w, real, at, now, reached, depth
                 )
-        position[d], clock[d], held[d], left[d] = i, now, bytes_held, rest
+        position[d], clock[d], left[d] = i, now, late
     return done
 
 
@@ -220,17 +227,15 @@ def _slots(fixed: Any) -> Any:
 
 @compiled
 def _slot_prices(spec: Any) -> Any:
-    """(3 N, 8) what `_replay` reads of a slot, side by side."""
-    table = np.empty((3 * len(spec), 8))
+    """(3 N, 6) what `_replay` reads of a slot, side by side."""
+    table = np.empty((3 * len(spec), 6))
     for s in range(len(spec)):
         for k in range(3):
             slot = 3 * s + k
-            table[slot, 0] = spec[s, BEFORE + k]
-            table[slot, 1] = spec[s, BEFORE + k] + spec[s, SECONDS + k]
-            table[slot, 2], table[slot, 3] = spec[s, RECEIVE + k], spec[s, SECONDS + k]
-            table[slot, 4], table[slot, 5] = spec[s, NEEDS + k], spec[s, TAKES + k]
-            table[slot, 6] = spec[s, BUSY + k] if k < 2 else 0.0
-            table[slot, 7] = spec[s, LATENCY + k] if k < 2 else 0.0
+            table[slot, 0], table[slot, 1] = spec[s, BEFORE + k], spec[s, ONCE_BEFORE + k]
+            table[slot, 2], table[slot, 3] = spec[s, SECONDS + k], spec[s, ONCE + k]
+            table[slot, 4] = spec[s, BUSY + k] if k < 2 else 0.0
+            table[slot, 5] = spec[s, LATENCY + k] if k < 2 else 0.0
     return table
 
 

@@ -19,12 +19,11 @@ import numpy as np
 from adaptis.bounds import lower_bounds
 from adaptis.cluster import uniform
 from adaptis.errors import InfeasibleError, PlanError
-from adaptis.lower import LOOKAHEAD
 from adaptis.search.anneal import anneal, even_out
 from adaptis.search.baselines import BASELINES
 from adaptis.search.convert import counted, plan_of
 from adaptis.search.explain import explain
-from adaptis.search.greedy import IMPOSSIBLE, Candidate, least_bytes
+from adaptis.search.greedy import IMPOSSIBLE, RESERVE, Candidate, list_schedule
 from adaptis.search.instance import (
     PLANNED,
     RECOMPUTE,
@@ -33,9 +32,11 @@ from adaptis.search.instance import (
     price,
 )
 from adaptis.search.islands import ISLANDS, POLISH, WARM, Incumbent, island, merge
+from adaptis.search.moves import MOST_RESERVED
 from adaptis.search.partition import even_cut
 from adaptis.search.placement import starts
 from adaptis.search.polish import Fixed, fix, make_trace, polish, retime
+from adaptis.search.room import least_bytes, peak_bytes
 from adaptis.simulate import simulate_plan
 from adaptis.workload import even
 
@@ -139,7 +140,7 @@ def search(
         over = max(peak - most for peak, most in pairs)
         if over <= 0:
             return answer
-        # More received values wait at a time than there was room for: leave that room as well.
+        # Sums were rounded differently there.
         spare += max(over, 1.0)
 
 
@@ -160,19 +161,18 @@ class _Hunt:
         self.profile, self.cluster, self.workload, self.seed = profile, cluster, workload, seed
         decide |= {"head"} if shard_head == "auto" else set()
         cuts = None if "partition" in decide else _even_cuts(profile)
-        # Few plans need room for all values that may be posted: where it is scarce, keep less.
-        for ahead in (LOOKAHEAD + 1, 1):
-            self.instance = make_instance(
-                profile,
-                cluster,
-                workload.num_microbatches,
-                spare,
-                decide,
-                cuts,
-                ahead,
-                workload.weights,
-            )
-            self.pool = _pool(self.instance, shard_head)
+        self.instance = make_instance(
+            profile,
+            cluster,
+            workload.num_microbatches,
+            spare,
+            decide,
+            cuts,
+            workload.weights,
+        )
+        # Few plans need room for all values that may be posted: where it is scarce, keep none.
+        for reserve in (MOST_RESERVED, 0):
+            self.pool = _pool(self.instance, shard_head, reserve)
             if self.pool[0][0] < IMPOSSIBLE:
                 break
         self.best = Incumbent(None, math.inf, self.pool[0][1], self.pool[0][0])
@@ -245,10 +245,10 @@ class _Hunt:
         )
 
 
-def _pool(instance: Instance, shard_head: str) -> list[tuple[float, Candidate]]:
+def _pool(instance: Instance, shard_head: str, reserve: int) -> list[tuple[float, Candidate]]:
     """Where islands begin, the best first; few that are sure to take part."""
     modes = {"never": (False,), "auto": (False, True), "always": (True,)}[shard_head]
-    pools = [starts(instance, shard) for shard in modes]
+    pools = [starts(instance, shard, reserve) for shard in modes]
     return sorted((pair for pool in pools for pair in pool), key=lambda pair: pair[0])
 
 
@@ -298,6 +298,11 @@ def _infeasible(instance: Instance, candidate: Candidate) -> InfeasibleError:
     """Name the tightest device of the candidate that misses least."""
     tables = price(instance, candidate.stop, candidate.device)
     needed = least_bytes(instance.heaviest, candidate.split, candidate.again, tables)
+    if (needed <= instance.memory).all():
+        candidate.knobs[RESERVE] = 0
+        orders = list_schedule(instance, candidate, tables, math.inf)
+        rows = orders.offsets, orders.kind, orders.stage
+        needed = peak_bytes(instance.weights, candidate.split, candidate.again, rows, tables)
     device = int(np.argmax(needed - instance.memory))
     missing = math.ceil(needed[device] - instance.memory[device])
     return InfeasibleError(
