@@ -89,7 +89,7 @@ def refused(seed):
     """Whether the planner says that nothing fits; no plan that there is does."""
     profile, cluster, m = tiny_problem(seed)
     try:
-        search(profile, cluster, m, Stop(evaluations=2000), seed)
+        search(profile, cluster, m, Stop(evaluations=20_000), seed)
     except InfeasibleError:
         limits = [device.memory_bytes for device in cluster.devices]
         assert fitting_plan(file_of(profile_to_json(profile)), limits, m) is None, seed

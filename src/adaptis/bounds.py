@@ -54,7 +54,9 @@ class Bounds:
 
     def gap(self, step: float) -> float:
         """How far `step` seconds are above the bound, as a share of it."""
-        gap = step / self.value - 1.0 if self.value > 0 else 0.0
+        if self.value == 0:
+            return 0.0 if step < math.inf else math.inf
+        gap = step / self.value - 1.0
         return gap if gap > ROUNDING else 0.0
 
 

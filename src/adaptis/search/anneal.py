@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from adaptis.kernels import compiled
-from adaptis.search.greedy import IMPOSSIBLE, WORKED, assess, evaluate
+from adaptis.search.greedy import IMPOSSIBLE, MISSING, WORKED, assess, evaluate
 from adaptis.search.instance import price
 from adaptis.search.moves import burdens, move_layers, mutate
 from adaptis.search.room import is_limited, least_bytes, missing
@@ -31,16 +31,17 @@ def anneal(
     """Trials `first` to `stop` of a run of `total`: where it stands, the best so far, and its cost.
 
     The temperature falls from `hot` to `cold`, shares of the cost, in geometric steps. Where
-    nothing fits yet, only what misses less memory is taken.
+    nothing fits yet, it is a share of the devices' memory, and what misses less is taken.
     """
     np.random.seed(seed)
     cost, state = assess(instance, current, np.inf)
     least = evaluate(instance, best)
     for trial in range(first, stop):
-        heat = cost * hot * (cold / hot) ** (trial / total)
+        heat = (cold / hot) ** (trial / total)
+        heat *= cost * hot if cost < IMPOSSIBLE else IMPOSSIBLE * MISSING
         candidate = mutate(instance, current, state, cost, most_stages)
         # Drawn first, so that what is refused need not be simulated to its end, often not at all.
-        most = cost - heat * np.log(1 - np.random.random()) if cost < IMPOSSIBLE else cost
+        most = cost - heat * np.log(1 - np.random.random())
         step, fared = assess(instance, candidate, most)
         if step <= most:
             current, cost, state = candidate, step, fared

@@ -14,6 +14,7 @@ from adaptis.plan import Plan, Stage, named_plan
 from adaptis.schedules import MANY, SCHEDULES
 from adaptis.schedules.shape import Shape
 from adaptis.search.convert import counted, fixed_of
+from adaptis.search.greedy import IMPOSSIBLE
 from adaptis.search.instance import make_instance
 from adaptis.search.partition import bottleneck_cut, climb, even_cut
 from adaptis.search.polish import make_trace, retime
@@ -161,7 +162,7 @@ def uneven(profile: Profile, cluster: Cluster, num_microbatches: int) -> Plan:
             fixed = fixed_of(_stages(seed.tolist()), programs)
             cost, _ = climb(problem, fixed, p if p <= 8 else 1, most)
             found.append((float(cost), fixed.stop.tolist()))
-        if np.isfinite(min(found)[0]):
+        if min(found)[0] < IMPOSSIBLE:
             break
     shape = Shape(p, num_microbatches)
     plan = named_plan(SCHEDULES["1f1b"], shape, min(found)[1], profile)
@@ -181,7 +182,7 @@ def _standing(plan: Plan, profile: Profile, cluster: Cluster) -> tuple[bool, flo
         return not _fits(timeline, cluster), timeline.step
     instance = make_instance(profile, cluster, plan.num_microbatches)
     seconds = float(retime(instance, fixed, make_trace(len(fixed.kind))))
-    if math.isfinite(seconds):
+    if seconds < IMPOSSIBLE:
         return False, seconds
     free = instance._replace(memory=np.full(cluster.num_devices, np.inf))
     return True, float(retime(free, fixed, make_trace(len(fixed.kind))))

@@ -30,6 +30,7 @@ from adaptis.search.room import is_limited, least_bytes, missing, peak_bytes, re
 PERIOD, ALTERNATE, FIT, PATIENCE, DEFER, RESERVE = range(6)
 NUM_KNOBS = 6
 IMPOSSIBLE = 1e9  # seconds; what does not fit costs more
+MISSING = 0.1  # the temperature at first where memory is missing, a share of it
 
 # Columns of a stage's row in `spec`: the first seven take three, one a kind, the next three two.
 # NEEDS is the most that a computation takes beside what is held, TAKES what it leaves. Its SECONDS
@@ -77,9 +78,7 @@ def assess(instance: Any, candidate: Any, limit: float) -> Any:
     tables = price(instance, candidate.stop, candidate.device)
     limited = is_limited(instance)
     if limited:
-        needed = least_bytes(instance.heaviest, candidate.split, candidate.again, tables)
-        needed += reserved(tables, candidate.knobs[RESERVE], instance.heaviest)
-        share = missing(instance.memory, needed)
+        share = lacks(instance, candidate, tables)
         if share > 0:
             return IMPOSSIBLE * (1 + share), np.zeros((len(instance.slowness), 5))
     orders = list_schedule(instance, candidate, tables, limit)
@@ -91,6 +90,14 @@ def assess(instance: Any, candidate: Any, limit: float) -> Any:
         if share > 0:
             return IMPOSSIBLE * (1 + share), orders.state
     return finish(instance, candidate.stop, candidate.device, tables.update, last), orders.state
+
+
+@compiled
+def lacks(instance: Any, candidate: Any, tables: Any) -> float:
+    """What devices miss, whatever the order, as a share of their memory."""
+    needed = least_bytes(instance.heaviest, candidate.split, candidate.again, tables)
+    needed += reserved(tables, candidate.knobs[RESERVE], instance.heaviest)
+    return missing(instance.memory, needed)
 
 
 @compiled

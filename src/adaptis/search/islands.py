@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from adaptis.search.anneal import anneal, even_out
-from adaptis.search.greedy import IMPOSSIBLE, Candidate
-from adaptis.search.instance import SCHEDULE
+from adaptis.search.greedy import IMPOSSIBLE, RESERVE, Candidate, lacks
+from adaptis.search.instance import SCHEDULE, price
 from adaptis.search.placement import EVEN_TRIALS, most_stages
 from adaptis.search.polish import Fixed, fix, polish
 
@@ -32,6 +32,7 @@ BIG = 1_000  # stage-micro-batches from which on a start must be good: the first
 # Temperatures at the beginning and the end of a run, shares of the step: anew in turns, or from
 # the best so far. Many runs of moderate length beat one long one.
 HEATS, WARM = ((0.012, 0.001), (0.006, 0.0003)), (0.003, 0.0003)
+SQUEEZED = 500  # trials of a run while nothing fits: many shapes, each order squeezed
 POLISH = (0.001, 0.00002)
 
 
@@ -60,7 +61,7 @@ def merge(best: Incumbent, found: Found) -> None:
     """Keep what is better."""
     if found.candidate is not None and found.candidate_cost < best.candidate_cost:
         best.candidate, best.candidate_cost = found.candidate, found.candidate_cost
-    if found.fixed is not None and found.cost < best.cost:
+    if found.fixed is not None and found.cost < min(best.cost, IMPOSSIBLE):
         best.fixed, best.cost = found.fixed, found.cost
 
 
@@ -79,6 +80,8 @@ def island(
         yield from _polish_run(instance, first, _length(instance, first, 0), random)
     for run in range(1 << 30):
         length = _length(instance, best.candidate, run)
+        if best.fixed is None:
+            length = min(length, SQUEEZED)
         if run % 3 == (0 if instance.num_microbatches * len(best.candidate.stop) > BIG else 2):
             start, heat = best.candidate, WARM
         else:
@@ -92,8 +95,16 @@ def island(
             yield found
             if found.candidate is not None:
                 candidate, cost = found.candidate, found.candidate_cost
-        if cost < IMPOSSIBLE and cost < best.cost * 1.02:
-            yield from _polish_run(instance, fix(instance, candidate), length // 3, random)
+        if best.fixed is None:
+            # Room for what has been received depends on the order: squeeze that.
+            candidate = candidate._replace(knobs=np.append(candidate.knobs[:RESERVE], 0.0))
+            tables = price(instance, candidate.stop, candidate.device)
+            promising = lacks(instance, candidate, tables) == 0
+        else:
+            promising = cost < min(IMPOSSIBLE, best.cost * 1.02)
+        if promising:
+            trials = SQUEEZED if best.fixed is None else length // 3
+            yield from _polish_run(instance, fix(instance, candidate), trials, random)
 
 
 def _length(instance: Instance, example: Candidate | Fixed, run: int) -> int:

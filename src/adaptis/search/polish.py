@@ -15,7 +15,9 @@ from adaptis.kernels import compiled
 from adaptis.search.greedy import (
     BEFORE,
     BUSY,
+    IMPOSSIBLE,
     LATENCY,
+    MISSING,
     ONCE,
     ONCE_BEFORE,
     SECONDS,
@@ -91,7 +93,10 @@ def make_trace(n: int) -> Any:
 
 @compiled
 def retime(instance: Any, fixed: Any, trace: Any, most: float = np.inf) -> float:
-    """Seconds of the step; inf where it deadlocks, does not fit or takes longer than `most`."""
+    """Seconds of the step; inf where it deadlocks or takes longer than `most`.
+
+    Above 1e9 where it does not fit, by how much it misses.
+    """
     tables = price(instance, fixed.stop, fixed.device)
     limit = np.empty(0)
     spec, target = make_spec(instance, fixed.split, fixed.again, limit, tables)
@@ -105,11 +110,6 @@ def retime(instance: Any, fixed: Any, trace: Any, most: float = np.inf) -> float
         return np.inf
     if _replay(instance, fixed, spec, route, clock, trace.cause, left) < len(fixed.kind):
         return np.inf
-    if is_limited(instance):
-        rows = fixed.offsets, fixed.kind, fixed.stage
-        needed = peak_bytes(instance.weights, fixed.split, fixed.again, rows, tables)
-        if missing(instance.memory, needed) > 0:
-            return np.inf
     step = finish(instance, fixed.stop, fixed.device, tables.update, clock)
     d = np.argmax(clock + tables.update)
     i = fixed.offsets[d + 1] - 1 if fixed.offsets[d + 1] > fixed.offsets[d] else -1
@@ -119,6 +119,12 @@ def retime(instance: Any, fixed: Any, trace: Any, most: float = np.inf) -> float
         length += 1
         i = trace.cause[i]
     trace.length[0] = length
+    if is_limited(instance):
+        rows = fixed.offsets, fixed.kind, fixed.stage
+        needed = peak_bytes(instance.weights, fixed.split, fixed.again, rows, tables)
+        share = missing(instance.memory, needed)
+        if share > 0:
+            return IMPOSSIBLE * (1 + share)
     return step
 
 
@@ -281,7 +287,8 @@ def polish(
     trace, other = make_trace(len(current.kind)), make_trace(len(current.kind))
     least, cost = retime(instance, best, trace), retime(instance, current, trace)
     for trial in range(first, stop):
-        heat = cost * hot * (cold / hot) ** (trial / total)
+        heat = (cold / hot) ** (trial / total)
+        heat *= cost * hot if cost < IMPOSSIBLE else IMPOSSIBLE * MISSING
         moved, source, to = _change(current, trace, instance.decide)
         if moved < 0:
             continue

@@ -289,7 +289,7 @@ def _best_baseline(
         if fixed is None:
             continue
         cost = float(retime(instance, fixed, make_trace(len(fixed.kind))))
-        if math.isfinite(cost) and (best is None or cost < best[1]):
+        if cost < IMPOSSIBLE and (best is None or cost < best[1]):
             best = fixed, cost
     return best
 
