@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from adaptis.search.anneal import anneal, even_out
-from adaptis.search.greedy import IMPOSSIBLE, RESERVE, Candidate, lacks
+from adaptis.search.anneal import anneal
+from adaptis.search.greedy import IMPOSSIBLE, RESERVE, Candidate, evaluate, lacks
 from adaptis.search.instance import SCHEDULE, price
-from adaptis.search.placement import EVEN_TRIALS, most_stages
+from adaptis.search.placement import DEALS, evened, most_stages
 from adaptis.search.polish import Fixed, fix, polish
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ BIG = 1_000  # stage-micro-batches from which on a start must be good: the first
 # Temperatures at the beginning and the end of a run, shares of the step: anew in turns, or from
 # the best so far. Many runs of moderate length beat one long one.
 HEATS, WARM = ((0.012, 0.001), (0.006, 0.0003)), (0.003, 0.0003)
+DEALT = 2  # deals of each kind before a run begins
 SQUEEZED = 500  # trials of a run while nothing fits: many shapes, each order squeezed
 POLISH = (0.001, 0.00002)
 
@@ -87,9 +88,7 @@ def island(
         else:
             start, heat = pool[(2 * run + number) % min(len(pool), 12)][1], HEATS[run % 2]
             if (run + number) % 2 and instance.decide[:SCHEDULE].all():
-                seed = int(random.integers(1 << 31))
-                trials = EVEN_TRIALS * len(instance.output)
-                start = even_out(instance, start, seed, trials, most_stages(instance))
+                start = _best_deal(instance, start, random)
         candidate, cost = start, math.inf
         for found in _anneal_run(instance, start, length, heat, random):
             yield found
@@ -105,6 +104,16 @@ def island(
         if promising:
             trials = SQUEEZED if best.fixed is None else length // 3
             yield from _polish_run(instance, fix(instance, candidate), trials, random)
+
+
+def _best_deal(instance: Instance, start: Candidate, random: np.random.Generator) -> Candidate:
+    """The fastest of several deals near `start`."""
+    deals = [
+        evened(instance, start, int(random.integers(1 << 31)), near, hot)
+        for near, hot in DEALS
+        for _ in range(DEALT)
+    ]
+    return min(deals, key=lambda candidate: float(evaluate(instance, candidate)))
 
 
 def _length(instance: Instance, example: Candidate | Fixed, run: int) -> int:

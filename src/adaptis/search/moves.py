@@ -14,6 +14,7 @@ import numpy as np
 
 from adaptis.kernels import compiled
 from adaptis.lower import LOOKAHEAD
+from adaptis.search.deal import deal, dealt, homes
 from adaptis.search.greedy import (
     ALTERNATE,
     CLOCK,
@@ -44,6 +45,8 @@ from adaptis.search.room import is_limited
 NO_LIMIT = 1 << 30
 MOST_DOUBLINGS = 4  # at most 2 ** 3 proposals
 MOST_RESERVED = LOOKAHEAD  # values that may have been received besides the one that is read
+REDEALT = 0.03  # how often all layers are dealt out anew instead of one
+TRIALS_A_LAYER = 200  # of such a deal
 TRUST = 0.5  # how often the diagnosis decides
 
 
@@ -77,6 +80,8 @@ def mutate(instance: Any, candidate: Any, state: Any, cost: float, most_stages: 
         return _move_recompute(candidate)
     if kind == HEAD:
         return _move_head(instance, candidate)
+    if kind == PARTITION and np.random.random() < REDEALT and instance.decide[:SCHEDULE].all():
+        return _redeal(instance, candidate, most_stages)
     best, least = candidate, np.inf
     for _ in range(1 << np.random.randint(MOST_DOUBLINGS)):
         if kind == PARTITION:
@@ -120,14 +125,6 @@ def _settled(instance: Any, candidate: Any, trial: Any) -> bool:
         trial.stop[-1] = last
         return n == 1 or trial.stop[n - 2] < last
     return True
-
-
-@compiled
-def move_layers(candidate: Any, state: Any, most_stages: int) -> Any:
-    """Any move that changes what a device works."""
-    if np.random.random() < 0.5:
-        return _move_partition(candidate, state, most_stages)
-    return _move_placement(candidate, state, most_stages)
 
 
 @compiled
@@ -224,6 +221,22 @@ def _move_partition(candidate: Any, state: Any, most_stages: int) -> Any:
         return _two_shifts(candidate)
     s = _stage_on(candidate, _pick(state, 1))
     return candidate if s < 0 else _carve(candidate, s, _pick(state, -1), most_stages)
+
+
+@compiled
+def _redeal(instance: Any, candidate: Any, most_stages: int) -> Any:
+    """Several layers at once, so that work is even again; what a stage was its first layer keeps.
+
+    Single layers seldom leave a deal whose busiest device nothing but an exchange relieves.
+    """
+    home, last = homes(candidate.stop, candidate.device), len(candidate.stop) - 1
+    near, hot = 0.001 * 10 ** np.random.random(), 0.003 * 10 ** np.random.random()
+    seed, trials = np.random.randint(1 << 30), TRIALS_A_LAYER * len(home)
+    stop, device = dealt(deal(instance, home, seed, trials, most_stages, near, hot))
+    first = np.append(np.zeros(1, np.int64), stop[:-1])
+    trial = _selected(candidate, np.minimum(np.searchsorted(candidate.stop, first, "right"), last))
+    trial.stop[:], trial.device[:] = stop, device
+    return trial
 
 
 @compiled

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from adaptis.search.anneal import even_out
+from adaptis.search.deal import deal, dealt, homes
 from adaptis.search.greedy import Candidate, evaluate
 from adaptis.search.instance import PARTITION, PLACEMENT, RECOMPUTE, SCHEDULE
 from adaptis.search.moves import MOST_RESERVED, NO_LIMIT
@@ -40,7 +42,9 @@ RAMPS = (
     (1,) * 8,
 )
 BEST_SHAPES = 8  # are tried with every rule
-EVEN_TRIALS = 30  # of layers only, without simulation, for each layer
+TRIALS_A_LAYER, LAYERS_A_DEAL = 1_000, 1_000_000  # of one deal: some milliseconds
+# Of deals: what a layer elsewhere costs, and the temperature, see `adaptis.search.deal`.
+DEALS = ((0.002, 0.003), (0.004, 0.003), (0.008, 0.003), (0.001, 0.03), (0.004, 0.03), (0.01, 0.03))
 # period, alternate, fit, patience, defer: see `adaptis.search.greedy`
 RULES = (
     (0.5, 1.0, 0.5, 0.0, 100.0),
@@ -67,24 +71,36 @@ def starts(
     `reserve` received values.
     """
     rules = [np.array((*rule, reserve), dtype=np.float64) for rule in RULES]
-    shapes = list(_shapes(instance, len(instance.output) - shard))
-    evened = instance.decide[:SCHEDULE].all()
     few = 3 * len(instance.slowness) * instance.num_microbatches > MOST_ROWS // 8
-    found = []
-    for stop, device in shapes:
-        plain = _candidates(instance, stop, device, rules[0])
-        found += plain
-        if evened and not few:
-            trials = EVEN_TRIALS * len(instance.output)
-            found += [even_out(instance, c, 0, trials, most_stages(instance)) for c in plain]
-    if not few:
-        found += [c._replace(knobs=rules[1]) for c in found]
-    rated = _rated(instance, found)
-    for _, candidate in rated[:BEST_SHAPES] if instance.decide[SCHEDULE] and not few else ():
-        others = [candidate._replace(knobs=rule) for rule in rules]
-        others += [c._replace(split=np.zeros_like(c.split)) for c in others]
+    shapes = _shapes(instance, len(instance.output) - shard)
+    plain = [c for shape in shapes for c in _candidates(instance, *shape, rules[0])]
+    if few:
+        return _rated(instance, plain)
+    rated = _rated(instance, plain + [c._replace(knobs=rules[1]) for c in plain])
+    best = [candidate for _, candidate in rated[:BEST_SHAPES]]
+    if instance.decide[SCHEDULE]:
+        others = [c._replace(knobs=rule) for c in best for rule in rules]
         rated += _rated(instance, others)
-    return sorted(rated, key=lambda pair: pair[0])
+        rated += _rated(instance, [c._replace(split=np.zeros_like(c.split)) for c in others])
+    rated.sort(key=lambda pair: pair[0])
+    if instance.decide[:SCHEDULE].all():
+        # One deal is enough to begin with: runs that begin with plain shapes make their own.
+        pairs = [(c, kind) for c in best for kind in DEALS]
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            deals = list(threads.map(lambda pair: evened(instance, pair[0], 0, *pair[1]), pairs))
+        deals += [c._replace(knobs=rules[1]) for c in deals]
+        rated = sorted([*rated, *_rated(instance, deals)[:1]], key=lambda pair: pair[0])
+    return rated
+
+
+def evened(instance: Instance, start: Candidate, seed: int, near: float, hot: float) -> Candidate:
+    """`start` with its layers dealt out more evenly, each layer elsewhere at the cost of `near`."""
+    home = homes(start.stop, start.device)
+    trials = min(LAYERS_A_DEAL // len(home), TRIALS_A_LAYER * len(home))
+    home = deal(instance, home, seed, trials, most_stages(instance), near, hot)
+    stop, device = dealt(home)
+    again = bool(start.again.all())
+    return _candidate(stop, device, start.knobs, bool(start.split.any()) and not again, again)
 
 
 def _shapes(instance: Instance, num_layers: int) -> Iterator[tuple[Any, Any]]:
@@ -147,21 +163,26 @@ def _lightest(instance: Instance, stop: Any, weights: Any) -> Any:
 
 def _candidates(instance: Instance, stop: Any, device: Any, rule: Any) -> list[Candidate]:
     """One shape under `rule`, in two halves where that is to be decided; recomputed as well."""
-    n = len(stop)
     return [
-        Candidate(
-            stop=np.asarray(stop, dtype=np.int64),
-            device=np.asarray(device, dtype=np.int64),
-            split=np.full(n, instance.decide[SCHEDULE] and not again),
-            again=np.full(n, again),
-            nudge=np.zeros((n, 3)),
-            limit=np.full(n, NO_LIMIT, dtype=np.int64),
-            knobs=rule,
-        )
+        _candidate(stop, device, rule, bool(instance.decide[SCHEDULE]) and not again, again)
         for again in ((False, True) if instance.decide[RECOMPUTE] else (False,))
     ]
 
 
+def _candidate(stop: Any, device: Any, rule: Any, split: bool, again: bool) -> Candidate:
+    n = len(stop)
+    return Candidate(
+        stop=np.asarray(stop, dtype=np.int64),
+        device=np.asarray(device, dtype=np.int64),
+        split=np.full(n, split),
+        again=np.full(n, again),
+        nudge=np.zeros((n, 3)),
+        limit=np.full(n, NO_LIMIT, dtype=np.int64),
+        knobs=rule,
+    )
+
+
 def _rated(instance: Instance, candidates: list[Candidate]) -> list[tuple[float, Candidate]]:
-    pairs = [(float(evaluate(instance, candidate)), candidate) for candidate in candidates]
-    return sorted(pairs, key=lambda pair: pair[0])
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        costs = threads.map(lambda candidate: float(evaluate(instance, candidate)), candidates)
+        return sorted(zip(costs, candidates, strict=True), key=lambda pair: pair[0])

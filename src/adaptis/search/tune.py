@@ -19,7 +19,7 @@ import numpy as np
 from adaptis.bounds import lower_bounds
 from adaptis.cluster import uniform
 from adaptis.errors import InfeasibleError, PlanError
-from adaptis.search.anneal import anneal, even_out
+from adaptis.search.anneal import anneal
 from adaptis.search.baselines import BASELINES
 from adaptis.search.convert import counted, plan_of
 from adaptis.search.explain import explain
@@ -34,7 +34,7 @@ from adaptis.search.instance import (
 from adaptis.search.islands import ISLANDS, POLISH, WARM, Incumbent, island, merge
 from adaptis.search.moves import MOST_RESERVED
 from adaptis.search.partition import even_cut
-from adaptis.search.placement import starts
+from adaptis.search.placement import DEALS, evened, starts
 from adaptis.search.polish import Fixed, fix, make_trace, polish, retime
 from adaptis.search.room import least_bytes, peak_bytes
 from adaptis.simulate import simulate_plan
@@ -54,7 +54,9 @@ if TYPE_CHECKING:
     from adaptis.workload import Workload
 
 PROOF_A_ROW = 4e-5  # seconds that the final proof takes for each computation
-LARGE = 1 << 13  # stage-micro-batches beyond which writing out every baseline takes seconds
+# Device-micro-batches beyond which a search among orders, then writing out every baseline, takes
+# seconds.
+SEARCHED, LARGE = 1 << 8, 1 << 13
 QUICK = ("gpipe", "1f1b", "interleaved", "interleaved-tuned", "zb-h1", "zb-v", "1f1b-uneven")
 
 
@@ -122,6 +124,7 @@ def search(
         PlanError: there is no head to shard.
     """
     warm_up()
+    began = time.perf_counter()
     if shard_head == "always" and not can_shard(profile, cluster):
         raise PlanError(
             f"{profile.model} has no head to shard: a last layer of kind 'head' and two devices "
@@ -133,7 +136,7 @@ def search(
     bounds = lower_bounds(profile, cluster, workload, mode)
     spare = 0.0
     while True:
-        hunt = _Hunt(profile, cluster, workload, frozenset(decide), mode, spare, seed)
+        hunt = _Hunt(profile, cluster, workload, frozenset(decide), mode, spare, seed, began)
         hunt.run(stop, bounds, progress)
         answer = hunt.result(bounds)
         pairs = zip(answer.timeline.peak_bytes, answer.memory_bytes, strict=True)
@@ -156,8 +159,9 @@ class _Hunt:
         shard_head: str,
         spare: float,
         seed: int,
+        began: float,
     ) -> None:
-        self.began = time.perf_counter()
+        self.began = began
         self.profile, self.cluster, self.workload, self.seed = profile, cluster, workload, seed
         decide |= {"head"} if shard_head == "auto" else set()
         cuts = None if "partition" in decide else _even_cuts(profile)
@@ -188,7 +192,7 @@ class _Hunt:
 
     @property
     def seconds(self) -> float:
-        """Since the beginning."""
+        """Since the search began."""
         return time.perf_counter() - self.began
 
     def run(self, stop: Stop, bounds: Bounds, progress: Callable[[Progress], None] | None) -> None:
@@ -269,7 +273,7 @@ def warm_up() -> None:
     instance = make_instance(Profile("", 1, (layer,) * 4), uniform(2), 2)
     _, candidate = starts(instance)[0]
     anneal(instance, candidate, candidate, 0, 0, 1, 1, *WARM, 4)
-    even_out(instance, candidate, 0, 1, 4)
+    evened(instance, candidate, 0, *DEALS[0])
     fixed = fix(instance, candidate)
     polish(instance, fixed, fixed, 0, 0, 1, 1, *POLISH)
 
@@ -279,8 +283,9 @@ def _best_baseline(
 ) -> tuple[Fixed, float] | None:
     """The fastest baseline that exists here and fits."""
     best = None
-    large = cluster.num_devices * instance.num_microbatches > LARGE
-    for make in [BASELINES[name] for name in (QUICK if large else BASELINES)]:
+    size = cluster.num_devices * instance.num_microbatches
+    names = set(QUICK if size > LARGE else BASELINES) - ({"v-search"} if size > SEARCHED else set())
+    for make in [make for name, make in BASELINES.items() if name in names]:
         try:
             plan = make(profile, cluster, instance.num_microbatches)
         except PlanError:
