@@ -11,7 +11,7 @@ import pytest
 from adaptis import cli
 
 VERBS = ("demo", "profile", "plan", "compare", "simulate", "check", "train", "report")
-VERBS += ("export", "import", "ablation")
+VERBS += ("export", "import", "export-weights", "ablation")
 FIGURES = {"step_seconds", "lower_bound_seconds", "gap", "bubble_fraction", "peak_bytes"}
 DECISIONS = {"head_reductions", "recomputed_stages"}
 MIB = 1 << 20

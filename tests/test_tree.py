@@ -44,6 +44,7 @@ RIVER = (
     "console",
     "config",
     "comparison",
+    "refine",
     "jobs",
     "demo",
     "options",

@@ -112,10 +112,24 @@ def demo(
     next_command("compare", first / "profile.json", "--devices", 4)
 
 
+_MeasuredFile = Annotated[
+    Path | None,
+    typer.Option(help="Correct the profile by this measured timeline instead of measuring."),
+]
+_TimedPlan = Annotated[
+    Path | None,
+    typer.Option("--plan", help="The plan that was timed; default: plan.json beside it."),
+]
+
+
 @app.command()
 def profile(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A preset, its TOML file, or a config.json.")
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A preset, its TOML file, or a config.json; with --refine a profile file.",
+        ),
     ],
     output: Annotated[
         Path, typer.Option("-o", "--output", help="Where to write the profile.")
@@ -134,9 +148,11 @@ def profile(
     analytic: Annotated[
         str | None, typer.Option(help="Compute instead, for this accelerator (e.g. h100).")
     ] = None,
+    refine: _MeasuredFile = None,
+    plan_file: _TimedPlan = None,
     as_json: Json = False,
 ) -> None:
-    """Measure each layer of a model here, or compute it.
+    """Measure each layer of a model here, or compute it, or correct a profile by a measured step.
 
     Example: adaptis profile demo-hybrid -o profile.json
     """
@@ -145,10 +161,15 @@ def profile(
     from adaptis.files import write_json
     from adaptis.jobs import ProfileJob, check_file, compute_profile, measure_profile
     from adaptis.profile import profile_to_json
+    from adaptis.refine import refined_file
 
     job = ProfileJob(model, devices, microbatches, rounds, sequence, batch_size)
     check_file(output)
-    if analytic is not None:
+    if refine is not None:
+        if analytic is not None:
+            raise InputError("--refine and --analytic exclude each other; leave one of the two out")
+        found, cluster = refined_file(Path(model), refine, plan_file), None
+    elif analytic is not None:
         found, cluster = compute_profile(job, analytic), None
     else:
         with Reporter() as reporter:
@@ -277,6 +298,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the newest checkpoint in the folder.")
     ] = False,
+    weights: Annotated[
+        str | None, typer.Option(help="Start from the weights in this folder of transformers.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Train, by itself or under torchrun.
@@ -294,6 +318,8 @@ def train(
         overrides["train.plan"] = json.dumps(plan_file)
     if resume:
         overrides["train.resume"] = "true"
+    if weights is not None:
+        overrides["model.weights"] = json.dumps(weights)
     loaded = load_config(config, overrides)
     check_folder(Path(loaded.train.folder))
     check_training(loaded)
@@ -319,21 +345,30 @@ def report(
     title: Annotated[str, typer.Option(help="The heading.")] = "Timelines",
     as_json: Json = False,
 ) -> None:
-    """Draw timelines.
+    """Draw timelines; a prediction and its measurement are compared, instruction by instruction.
 
     Example: adaptis report predicted.json measured.json -o report.html
     """
-    from adaptis.console import warn
+    from adaptis.console import line, table, warn
     from adaptis.jobs import draw_report
+    from adaptis.report.deviation import COLUMNS, cells, deviations, headline
 
     drawn = draw_report(timelines, output, title)
-    emit({"output": str(output), "timelines": [row.summary() for row in drawn]}, as_json)
+    compared = deviations(drawn)
+    result = {"output": str(output), "timelines": [row.summary() for row in drawn]}
+    if not emit(result | {"comparisons": compared}, as_json):
+        for entry in compared:
+            if "not_compared" in entry:
+                line(f"{entry['name']}: not compared: {entry['not_compared']}")
+            else:
+                table(headline(entry), COLUMNS, cells(entry))
     hints = {".json": "in ui.perfetto.dev or chrome://tracing", ".txt": "in a terminal or editor"}
     warn(f"next: open {output} {hints.get(output.suffix, 'in a browser')}")
 
 
 app.command("export")(cli_exchange.export)
 app.command("import")(cli_exchange.import_plan)
+app.command("export-weights")(cli_exchange.export_weights)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The verbs `export` and `import`: plans in the formats of other systems."""
+"""The verbs `export`, `import` and `export-weights`: what other systems read and write."""
 
 from __future__ import annotations
 
@@ -217,3 +217,31 @@ def _read(file: Path, source: str, profile_file: Path | None, layers: int | None
     if layers not in (None, plan.num_layers):
         raise PlanError(f"{file}: cuts {plan.num_layers} layers, but --layers says {layers}")
     return plan
+
+
+def export_weights(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a folder of them.")
+    ],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A preset, its TOML file, or a config.json.")
+    ],
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="The folder to write; it must be new.")
+    ] = Path("weights"),
+    as_json: Json = False,
+) -> None:
+    """Write trained weights as a folder that transformers can load.
+
+    Example: adaptis export-weights adaptis-runs/train/checkpoints demo-hybrid -o weights
+    """
+    from adaptis.console import line, warn
+    from adaptis.execute.pretrained import export_pretrained
+    from adaptis.execute.storage import newest
+    from adaptis.measure.zoo import load_preset
+
+    found = newest(checkpoint)
+    export_pretrained(found, load_preset(model), output)
+    if not emit({"checkpoint": str(found), "output": str(output)}, as_json):
+        line(f"{found}: its weights are in {output}")
+    warn(f"next: transformers.AutoModelForCausalLM.from_pretrained({str(output)!r})")

@@ -25,6 +25,7 @@ class ModelSection:
     preset: str = (
         "demo-hybrid"  # a preset's name, or the path of a preset or of a Hugging Face config.json
     )
+    weights: str = ""  # a folder of transformers' save_pretrained to start from; empty: none
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,8 +89,6 @@ class Reporter:
     def say(self, kind: str, data: dict[str, Any]) -> None:
         """What a run says (see `execute`)."""
         match kind:
-            case "starting":
-                self.line(f"starting {data['processes']} process(es)")
             case "measuring":
                 self.update("measuring layers", data["done"], data["total"])
             case "planning":
@@ -109,14 +107,29 @@ class Reporter:
                 self.update(
                     f"training {name}" if name else "training", data["step"], data["steps"], note
                 )
-            case "resumed":
-                self.line(f"resumed from {data['checkpoint']} at step {data['step']}")
-            case "left_out":
-                self.line(f"{data['name']} is left out: {data['reason']}")
+            case _:
+                for text in _news(kind, data):
+                    self.line(text)
 
     def line(self, text: str) -> None:
         """One line beside the progress."""
         warn(f"{self.prefix}{text}")
+
+
+def _news(kind: str, data: dict[str, Any]) -> list[str]:
+    """What happens once in a run, in a line or a few."""
+    match kind:
+        case "starting":
+            return [f"starting {data['processes']} process(es)"]
+        case "resumed":
+            passed = [f"passed over: {problem}" for problem in data.get("problems", [])]
+            return [*passed, f"resumed from {data['checkpoint']} at step {data['step']}"]
+        case "weights":
+            unused = f", {len(data['unused'])} tensors unused" if data["unused"] else ""
+            return [f"weights from {data['folder']}{unused}"]
+        case "left_out":
+            return [f"{data['name']} is left out: {data['reason']}"]
+    return []
 
 
 def warn(text: str) -> None:

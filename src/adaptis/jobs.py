@@ -392,6 +392,7 @@ def train_config(
         folder=settings.folder,
         save_every=settings.save_every,
         resume=settings.resume,
+        weights=config.model.weights,
         say=say,
     )
     if int(os.environ.get("RANK", "0")):

@@ -1,243 +1,332 @@
-"""Checkpoints: by global name, verified, never half written, loadable under another plan.
+"""Checkpoints of a session: by global name, saved while training goes on, loaded under any plan.
 
-    run/checkpoints/step-000041/           rank-0.safetensors  rank-1.safetensors  MANIFEST.json
-
-Each rank writes what it owns (a shared parameter belongs to its lowest holder) as `param/NAME`,
-`buffer/NAME` and `optimizer/NAME/KEY`. The files go into a temporary folder; the manifest, with
-the SHA-256 of the very bytes that were written, goes last; then one rename makes the checkpoint
-exist. Loading verifies every file that it reads, and falls back to the newest checkpoint that is
-whole. Nothing is pickled.
+Each rank writes what it owns (a parameter of several ranks belongs to the lowest) as `param/NAME`,
+`buffer/NAME` and `optimizer/NAME/KEY`, and reads what it needs. The step is also the position in
+the data; numbers that are drawn while training belong to a rank (`random/RANK`) and go on where
+there are as many ranks as before. How it lies on the disk is the business of `storage`.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import os
 import shutil
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 
 from adaptis.errors import InputError
-from adaptis.files import Fields, parse_json, read_json
+from adaptis.execute.storage import (
+    Checkpoint,
+    Slice,
+    candidates,
+    newest,
+    nothing,
+    prepare,
+    publish,
+    write_tensors,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
     from adaptis.execute.session import Session
+    from adaptis.execute.world import World
 
-FORMAT, VERSION = "adaptis-checkpoint", 1
-MANIFEST = "MANIFEST.json"
-KEEP = 2
+__all__ = ["Saver", "load", "newest", "resume", "save"]
+NICENESS = 10  # of the writing thread: it has what training leaves of the core
+
+
+class Saver:
+    """Saves a session again and again; at most one checkpoint is on its way.
+
+    Every rank calls the same methods at the same steps. A rank's part is done in a thread, which
+    talks to no other rank: whether all are done, and whether all went well, the ranks ask each
+    other in `poll` and `finish`. So an error is raised on all of them, at the same step.
+    """
+
+    def __init__(
+        self, session: Session, folder: Path, *, seed: int, background: bool = True
+    ) -> None:
+        """Save into `folder`.
+
+        Args:
+            session: what is trained.
+            folder: on a file system that all ranks see.
+            seed: of the run, to be kept with it.
+            background: write while training goes on, from a copy of the state, which needs that
+                much memory; otherwise training waits and nothing is copied.
+        """
+        self._session, self._folder, self._seed = session, folder, seed
+        self._background = background
+        self._part: Future[str] | None = None  # of this rank, of the save on its way; JSON
+        self._files: list[Any] = []  # every rank's, once all are written
+        self._temporary = folder
+        self._step = 0
+        self.saved = ""  # the newest checkpoint that is complete
+
+    def start(self) -> None:
+        """Save the state after the session's last step; waits for the save before it.
+
+        Raises:
+            InputError: that one failed, or the folder cannot be written.
+        """
+        self.finish()
+        world, self._step = self._session.world, self._session.steps
+        self._temporary = self._folder / f".step-{self._step:06d}.tmp"
+        self._files = []
+        here = _guarded(lambda: prepare(self._folder, self._temporary)) if world.rank == 0 else ""
+        if error := world.broadcast(here):
+            raise InputError(f"{self._folder}: no checkpoint could be saved ({error})")
+        tensors, values = _owned(self._session, copy=self._background)
+        path = self._temporary / f"rank-{world.rank}.safetensors"
+
+        def write() -> dict[str, Any]:
+            return {"file": write_tensors(path, tensors), **values}
+
+        self._begin(write)
+        if not self._background:
+            self.finish()
+
+    def poll(self) -> None:
+        """After a step: go on with the save if every rank has done its part.
+
+        Raises:
+            InputError: it failed.
+        """
+        if self._part is not None and not self._session.world.sum(float(not self._part.done())):
+            self._advance()
+
+    def finish(self) -> None:
+        """Wait for the save that is on its way.
+
+        Raises:
+            InputError: it failed.
+        """
+        while self._part is not None:
+            self._advance()
+
+    def _begin(self, action: Callable[[], dict[str, Any]]) -> None:
+        def part() -> str:
+            results: list[str] = []
+            error = _guarded(lambda: results.append(json.dumps({"error": "", **action()})))
+            return json.dumps({"error": error}) if error else results[0]
+
+        pool = ThreadPoolExecutor(1, "checkpoint", _yield_to_training)
+        self._part = pool.submit(part)
+        pool.shutdown(wait=False)  # after this part
+
+    def _advance(self) -> None:
+        """Wait for every rank's part; then begin the next one, or the save is over."""
+        assert self._part is not None
+        world = self._session.world
+        parts = [json.loads(text) for text in world.gather(self._part.result())]
+        self._part = None
+        if error := next((part["error"] for part in parts if part["error"]), ""):
+            if world.rank == 0:
+                shutil.rmtree(self._temporary, ignore_errors=True)
+            world.broadcast("")  # the first rank to raise ends the others: not before it is gone
+            raise InputError(
+                f"{self._folder}: the checkpoint of step {self._step} could not be saved ({error})"
+            )
+        if self._files:
+            self.saved = parts[0]["path"]
+            return
+        self._files = [part["file"] for part in parts]
+        kinds = [part["optimizer"] for part in parts if part["optimizer"]]
+        manifest = {
+            "model": self._session.model.name,
+            "step": self._step,
+            "seed": self._seed,
+            "optimizer": kinds[0] if kinds else "",
+            "values": {key: v for part in parts for key, v in part["values"].items()},
+            "files": self._files,
+        }
+
+        def seal() -> dict[str, Any]:
+            return {"path": str(publish(self._temporary, self._folder, manifest))}
+
+        self._begin(seal if world.rank == 0 else dict)
 
 
 def save(session: Session, folder: Path, *, seed: int) -> Path:
-    """Save the state after the session's last step; every rank calls this.
+    """Save the state after the session's last step, while training waits; every rank calls this.
 
     Raises:
         InputError: the folder cannot be written.
     """
-    world = session.world
-    target = folder / f"step-{session.steps:06d}"
-    temporary = folder / f".step-{session.steps:06d}.tmp"
-    error = ""
-    entry: dict[str, Any] = {}
-    if world.rank == 0:
-        error = _guarded(lambda: _fresh(folder, temporary))
-    if error := world.broadcast(error):
-        raise InputError(f"{folder}: no checkpoint could be saved ({error})")
-
-    def write() -> None:
-        data = save_tensors(_owned(session))
-        name = f"rank-{world.rank}.safetensors"
-        _write(temporary / name, data)
-        entry.update(name=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-    error = _guarded(write)
-    parts = [json.loads(text) for text in world.gather(json.dumps({"error": error, "file": entry}))]
-    error = next((part["error"] for part in parts if part["error"]), "")
-    if not error and world.rank == 0:
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "model": session.model.name,
-            "step": session.steps,
-            "seed": seed,
-            "files": [part["file"] for part in parts],
-        }
-        error = _guarded(lambda: _publish(manifest, temporary, target, folder))
-    if error := world.broadcast(error):
-        raise InputError(f"{target}: the checkpoint could not be saved ({error})")
-    return target
+    saver = Saver(session, folder, seed=seed, background=False)
+    saver.start()
+    return Path(saver.saved)
 
 
-def _guarded(action: Any) -> str:
+def _yield_to_training() -> None:
+    with contextlib.suppress(OSError):  # on Linux a thread has a niceness of its own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+
+
+def _guarded(action: Callable[[], Any]) -> str:
     """What went wrong, so that every rank can stop together."""
     try:
         action()
     except OSError as error:
         return error.strerror or str(error)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
     return ""
 
 
-def _fresh(folder: Path, temporary: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _publish(manifest: dict[str, Any], temporary: Path, target: Path, folder: Path) -> None:
-    body = json.dumps(manifest, indent=1)
-    sealed = {"sha256": hashlib.sha256(body.encode()).hexdigest(), "manifest": manifest}
-    _write(temporary / MANIFEST, json.dumps(sealed, indent=1).encode())
-    _sync(temporary)
-    if target.exists():
-        shutil.rmtree(target)
-    temporary.rename(target)
-    _sync(folder)
-    for old in sorted(folder.glob("step-*"))[:-KEEP]:
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def _owned(session: Session) -> dict[str, Tensor]:
-    """What this rank writes.
-
-    Everything it holds, but shared parameters only at their lowest holder.
-    """
-    foreign = {name for name, holders in session.shared if holders[0] != session.world.rank}
-    names = {id(p): name for name, p in session.parameters.items()}
-    tensors = {f"param/{n}": p.detach() for n, p in session.parameters.items() if n not in foreign}
+def _owned(session: Session, *, copy: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What this rank writes: tensors, and what else is to be known of the optimizer."""
+    mine = session.world.rank
+    owners = _owners(session)
+    tensors = {f"param/{n}": p.detach() for n, p in session.parameters.items()}
     tensors |= {f"buffer/{n}": b for n, b in session.buffers.items()}
-    if session.optimizer is not None:
-        for parameter, state in session.optimizer.state.items():
-            name = names[id(parameter)]
-            if name not in foreign:
-                tensors |= {
-                    f"optimizer/{name}/{key}": torch.as_tensor(value)
-                    for key, value in state.items()
-                }
-    return {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
+    tensors = {key: tensor for key, tensor in tensors.items() if owners[key] == mine}
+    tensors[f"random/{mine}"] = torch.get_rng_state()
+    values: dict[str, Any] = {}
+    names = {id(p): name for name, p in session.parameters.items()}
+    states = session.optimizer.state if session.optimizer is not None else {}
+    for parameter, state in states.items():
+        name = names[id(parameter)]
+        if owners[f"param/{name}"] == mine:
+            for key, value in state.items():
+                kept = tensors if isinstance(value, torch.Tensor) else values
+                kept[f"optimizer/{name}/{key}"] = value
+    kind = "" if session.optimizer is None else type(session.optimizer).__name__
+    ready = {key: tensor.contiguous().to("cpu", copy=copy) for key, tensor in tensors.items()}
+    return ready, {"values": values, "optimizer": kind}
 
 
-def newest(folder: Path) -> Path:
-    """The newest checkpoint in `folder` that is whole to the last bit.
+def _owners(session: Session) -> dict[str, int]:
+    """Every parameter and buffer of the model, and the lowest rank that has it."""
+    own = [f"param/{name}" for name in session.parameters]
+    own += [f"buffer/{name}" for name in session.buffers]
+    owners: dict[str, int] = {}
+    for rank, text in enumerate(session.world.gather(json.dumps(own))):
+        for name in json.loads(text):
+            owners.setdefault(name, rank)
+    return owners
+
+
+def resume(session: Session, folder: Path) -> tuple[Checkpoint, list[str]]:
+    """Continue from the newest checkpoint in `folder` that is whole; every rank calls this.
+
+    Returns:
+        It, and what was wrong with each newer one.
 
     Raises:
         InputError: there is none, saying what is wrong with the newest.
     """
-    candidates = (
-        [folder] if (folder / MANIFEST).exists() else sorted(folder.glob("step-*"), reverse=True)
-    )
-    first = ""
-    for candidate in candidates:
+    world = session.world
+    listed = [str(path) for path in candidates(folder)] if world.rank == 0 else []
+    paths = json.loads(world.broadcast(json.dumps(listed)))
+    problems: list[str] = []
+    for path in paths:
+        found, problem = None, ""
         try:
-            _read_all(candidate, manifest(candidate).take("files", list))
+            found = load(session, Path(path))
         except InputError as error:
-            first = first or str(error)
-            continue
-        return candidate
-    raise InputError(first or f"{folder}: holds no checkpoint; train without --resume first")
+            problem = str(error)
+        problem = next((text for text in world.gather(problem) if text), "")
+        if found is not None and not problem:
+            return found, problems
+        problems.append(problem)
+    raise InputError(problems[0] if problems else nothing(folder))
 
 
-def manifest(checkpoint: Path) -> Fields:
-    """The verified manifest; files are checked by size here, by SHA-256 when read.
+def load(session: Session, path: Path) -> Checkpoint:
+    """Continue from the checkpoint at `path`, whatever plan it was saved under.
 
-    Raises:
-        InputError: it is damaged or incomplete.
-    """
-    sealed = Fields(
-        read_json(checkpoint / MANIFEST, "checkpoint manifest"), str(checkpoint / MANIFEST)
-    )
-    body = sealed.take("manifest", dict)
-    if hashlib.sha256(json.dumps(body, indent=1).encode()).hexdigest() != sealed.take(
-        "sha256", str
-    ):
-        raise InputError(
-            f"{checkpoint / MANIFEST}: is damaged: its SHA-256 differs; use another checkpoint"
-        )
-    fields = Fields(parse_json(json.dumps(body), str(checkpoint)), str(checkpoint / MANIFEST))
-    fields.format(FORMAT, VERSION)
-    for file in body["files"]:
-        path = checkpoint / Path(file["name"]).name
-        if not path.is_file() or path.stat().st_size != file["bytes"]:
-            raise InputError(f"{path}: is missing or cut short; use another checkpoint")
-    return fields
-
-
-def load(session: Session, checkpoint: Path) -> None:
-    """Continue from `checkpoint`, whatever plan it was saved under; every rank calls this.
+    Every rank calls this and reads, and verifies, what it needs itself.
 
     Raises:
-        InputError: it is damaged, or of another model.
+        InputError: that is damaged, or of another model; the session is then not to be used.
     """
-    fields = manifest(checkpoint)
-    model = fields.take("model", str)
-    tensors = _read_all(checkpoint, fields.take("files", list))
-    missing = sorted(n for n in session.parameters if f"param/{n}" not in tensors)
-    if missing:
-        raise InputError(
-            f"{checkpoint}: is of {model} and lacks the parameter {missing[0]} of "
-            f"{session.model.name}; "
-            f"resume with the model that was saved"
-        )
+    names = _owners(session)
+    found = Checkpoint(path)
+    _same_model(session, found, names)
     with torch.no_grad():
-        for name, parameter in session.parameters.items():
-            _copy(parameter, tensors[f"param/{name}"], name, checkpoint)
-        for name, buffer in session.buffers.items():
-            _copy(buffer, tensors[f"buffer/{name}"], name, checkpoint)
-    _load_optimizer(session, tensors)
-    session.steps = fields.count("step")
+        for kind, targets in (("param", session.parameters), ("buffer", session.buffers)):
+            for name, target in targets.items():
+                _copy(target, found.tensors[f"{kind}/{name}"], name)
+    _load_optimizer(session, found)
+    _load_random(session.world, found)
+    session.steps = found.step
+    return found
 
 
-def _copy(target: Tensor, source: Tensor, name: str, checkpoint: Path) -> None:
-    if target.shape != source.shape:
+def _same_model(session: Session, found: Checkpoint, names: dict[str, int]) -> None:
+    there = {name for name in found.tensors if name.startswith(("param/", "buffer/"))}
+    for lacking, holder, other in (
+        (names.keys() - there, found.path, session.model.name),
+        (there - names.keys(), session.model.name, found.model),
+    ):
+        if lacking:
+            kind, _, name = min(lacking).partition("/")
+            kind = "parameter" if kind == "param" else kind
+            raise InputError(
+                f"{found.path}: is of {found.model}, {session.model.name} is trained: {holder} "
+                f"lacks the {kind} {name} of {other}; resume with the model that was saved"
+            )
+    kind = "" if session.optimizer is None else type(session.optimizer).__name__
+    if kind and found.optimizer and kind != found.optimizer:
         raise InputError(
-            f"{checkpoint}: {name} has shape {tuple(source.shape)}, the model needs "
-            f"{tuple(target.shape)}"
+            f"{found.path}: was saved with the optimizer {found.optimizer}, {kind} is used; "
+            f"resume with {found.optimizer}"
         )
-    target.copy_(source)
 
 
-def _read_all(checkpoint: Path, files: list[Any]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        path = checkpoint / Path(file["name"]).name
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != file["sha256"]:
-            raise InputError(f"{path}: is damaged: its SHA-256 differs; use another checkpoint")
-        tensors |= load_tensors(data)
-    return tensors
+def _copy(target: Tensor, source: Slice, name: str) -> None:
+    wanted = (target.dtype, tuple(target.shape))
+    if wanted != (source.dtype, source.shape):
+        raise InputError(
+            f"{source.path}: {name} is {source.dtype} of shape {source.shape}, the model needs "
+            f"{wanted[0]} of shape {wanted[1]}; resume with the model that was saved"
+        )
+    target.copy_(source.read())
 
 
-def _load_optimizer(session: Session, tensors: dict[str, Tensor]) -> None:
+def _load_optimizer(session: Session, found: Checkpoint) -> None:
     if session.optimizer is None:
         return
-    states: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        if key.startswith("optimizer/"):
-            name, _, item = key.removeprefix("optimizer/").rpartition("/")
-            states.setdefault(name, {})[item] = tensor
-    for name, parameter in session.parameters.items():
-        if name in states:
-            session.optimizer.state[parameter] = {
-                key: value.clone() for key, value in states[name].items()
-            }
+    states: dict[str, dict[str, Any]] = {}
+    entries: list[tuple[str, Any]] = [
+        *found.named("optimizer"),
+        *((key.removeprefix("optimizer/"), value) for key, value in found.values.items()),
+    ]
+    for key, value in entries:
+        name, _, item = key.rpartition("/")
+        states.setdefault(name, {})[item] = value
+    names = {id(parameter): name for name, parameter in session.parameters.items()}
+    session.optimizer.state.clear()
+    for group in session.optimizer.param_groups:
+        everywhere = bool(group.get("fused") or group.get("capturable"))
+        for parameter in group["params"]:
+            state = states.get(names[id(parameter)], {})
+            if state:
+                session.optimizer.state[parameter] = {
+                    key: _read_state(value, parameter.device, everywhere)
+                    for key, value in state.items()
+                }
+
+
+def _read_state(value: Any, device: torch.device, everywhere: bool) -> Any:
+    """A part of a parameter's state, where torch wants it: most counters stay on the CPU."""
+    if not isinstance(value, Slice):
+        return value
+    tensor = value.read()
+    return tensor.to(device) if tensor.dim() or everywhere else tensor
+
+
+def _load_random(world: World, found: Checkpoint) -> None:
+    """The rank's stream of random numbers goes on, where the ranks are as many as before."""
+    states = dict(found.named("random"))
+    if len(states) == world.size:
+        torch.set_rng_state(states[str(world.rank)].read())

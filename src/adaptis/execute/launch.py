@@ -16,11 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import mmap
 import multiprocessing
 import os
 import signal
-import struct
 import tempfile
 import time
 import traceback
@@ -30,13 +28,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from adaptis.errors import Error, InputError, RankError
+from adaptis.execute.watch import POLL, Account, Watch, blank_records
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from multiprocessing.process import BaseProcess
 
-_RECORD = struct.Struct("<qqqq")  # program, step, position, state
-COMPUTING, WAITING = 0, 1
 _SYMPTOMS = (
     "connection closed by peer",
     "connection reset",
@@ -45,54 +42,14 @@ _SYMPTOMS = (
     "gloo",
 )
 NO_GUARD = 87  # how a child says that its import of the script started a run of its own
-SETTLE = 0.3  # seconds to let the other ranks report before the first cause is named
-STALL = 120.0  # seconds without any progress of any rank
-
-
-class ProgressRecord:
-    """Where one rank stands, in memory that the supervisor reads.
-
-    A write costs well under a microsecond.
-    """
-
-    def __init__(self, path: str | Path, rank: int) -> None:
-        with Path(path).open("r+b") as file:
-            self._memory = mmap.mmap(file.fileno(), 0)
-        self._offset = rank * _RECORD.size
-        self._program, self._step, self._position = -1, -1, -1
-
-    def begin(self, program: int, step: int) -> None:
-        """A step of a program begins."""
-        self._program, self._step = program, step
-        self.at(-1)
-
-    def at(self, position: int) -> None:
-        """The instruction at `position` begins."""
-        self._position = position
-        _RECORD.pack_into(
-            self._memory, self._offset, self._program, self._step, position, COMPUTING
-        )
-
-    def waits(self) -> None:
-        """It waits for a value of another device."""
-        _RECORD.pack_into(
-            self._memory, self._offset, self._program, self._step, self._position, WAITING
-        )
-
-    def leave(self) -> None:
-        """The step is over; no program runs now."""
-        self._program = -1
-        self.at(-1)
+SETTLE = 0.5  # seconds in which the cause of a lost connection must show
 
 
 @dataclass(slots=True)
 class _Rank:
     process: BaseProcess
     connection: Connection
-    phase: str = "starting"
-    programs: dict[int, list[str]] = field(
-        default_factory=dict
-    )  # id -> what stands at each position
+    account: Account = field(default_factory=Account)
     error: dict[str, Any] | None = None
     result: Any = None
     done: bool = False
@@ -122,7 +79,7 @@ def launch(
         os._exit(NO_GUARD)  # this is a child that is still importing the user's script
     with tempfile.TemporaryDirectory(prefix="adaptis-") as folder:
         record = Path(folder, "progress")
-        record.write_bytes(_RECORD.pack(-1, -1, -1, COMPUTING) * num_ranks)
+        record.write_bytes(blank_records(num_ranks))
         context = multiprocessing.get_context("spawn")
         cores = tuple(sorted(os.sched_getaffinity(0)))
         ranks: list[_Rank] = []
@@ -139,7 +96,7 @@ def launch(
                     process.start()
                     there.close()
                     ranks.append(_Rank(process, here))
-            _watch(ranks, record, say)
+            _attend(ranks, Watch(record, lambda rank: ranks[rank].account), say)
             return [rank.result for rank in ranks]
         finally:
             _end(ranks)
@@ -229,25 +186,27 @@ def describe_error(error: BaseException) -> dict[str, Any]:
     }
 
 
-def _watch(ranks: list[_Rank], record: Path, say: Callable[[str, dict[str, Any]], None]) -> None:
+def _attend(ranks: list[_Rank], watch: Watch, say: Callable[[str, dict[str, Any]], None]) -> None:
     """Until every rank is done, or the first failure."""
-    last, since = b"", time.monotonic()
+    looked = time.monotonic()
     while not all(rank.done for rank in ranks):
         connections = [rank.connection for rank in ranks if not rank.done]
         sentinels = [rank.process.sentinel for rank in ranks if not rank.done]
-        heard = wait([*connections, *sentinels], timeout=0.5)
-        for number, rank in enumerate(ranks):
-            _listen(number, rank, say)
-        if any(
-            rank.error or (not rank.done and rank.process.exitcode is not None) for rank in ranks
-        ):
-            _settle(ranks, say)
-            _fail(ranks, record)
-        now = record.read_bytes()
-        if heard or now != last:
-            last, since = now, time.monotonic()
-        elif time.monotonic() - since > STALL:
-            _stalled(ranks, record)
+        wait([*connections, *sentinels], timeout=POLL)
+        if _hear(ranks, say) or any(rank.error for rank in ranks):
+            _fail(ranks, _settle(ranks, say), watch)
+        if time.monotonic() - looked >= POLL:
+            looked = time.monotonic()
+            if fault := watch.look():
+                raise RankError(fault.text, fault.rank)
+
+
+def _hear(ranks: list[_Rank], say: Callable[[str, dict[str, Any]], None]) -> list[int]:
+    """Listen to all; returns the ranks whose process has ended without a result or an error."""
+    ended = [n for n, rank in enumerate(ranks) if rank.process.exitcode is not None]
+    for number, rank in enumerate(ranks):
+        _listen(number, rank, say)
+    return [n for n in ended if not ranks[n].done and not ranks[n].error]
 
 
 def _listen(number: int, rank: _Rank, say: Callable[[str, dict[str, Any]], None]) -> None:
@@ -259,47 +218,34 @@ def _listen(number: int, rank: _Rank, say: Callable[[str, dict[str, Any]], None]
                     rank.result, rank.done = value, True
                 case ("error", error):
                     rank.error = error
-                case ("phase", str() as phase):
-                    rank.phase = phase
-                case ("program", int() as key, list() as lines):
-                    rank.programs[key] = lines
                 case ("say", str() as kind, dict() as data):
                     if number == 0:
                         say(kind, data)
+                case message:
+                    rank.account.take(message)
 
 
-def _settle(ranks: list[_Rank], say: Callable[[str, dict[str, Any]], None]) -> None:
-    """A failure shows on several ranks at about the same time: hear them all before judging."""
+def _settle(ranks: list[_Rank], say: Callable[[str, dict[str, Any]], None]) -> list[int]:
+    """Until a first cause is known, as a lost connection is heard of before what broke it.
+
+    Returns the ranks that vanished.
+    """
     deadline = time.monotonic() + SETTLE
-    while time.monotonic() < deadline:
-        for number, rank in enumerate(ranks):
-            _listen(number, rank, say)
-        time.sleep(0.02)
+    while True:
+        vanished = _hear(ranks, say)
+        raised = any(rank.error and not rank.error["symptom"] for rank in ranks)
+        if vanished or raised or time.monotonic() >= deadline:
+            return vanished
+        time.sleep(0.01)
 
 
-def _fail(ranks: list[_Rank], record: Path) -> NoReturn:
+def _fail(ranks: list[_Rank], vanished: list[int], watch: Watch) -> NoReturn:
     """Name the first cause.
 
     A process that vanished, before one that raised, before one that lost its peer.
     """
-    data = record.read_bytes()
-    for number, rank in enumerate(ranks):
-        code = rank.process.exitcode
-        if code is None or rank.done or rank.error:
-            continue
-        if code == NO_GUARD:
-            raise InputError(
-                "each process imports this script, which starts a run again: call adaptis.train "
-                'below `if __name__ == "__main__":`'
-            )
-        spot = place(rank, data, number)
-        if code >= 0:
-            text = f"rank {number} ended with status {code} before its work was done ({spot})"
-            raise RankError(text, number)
-        hint = "; the system may have run out of memory" if -code == signal.SIGKILL else ""
-        raise RankError(
-            f"rank {number} was killed by {signal.Signals(-code).name} ({spot}){hint}", number
-        )
+    for number in vanished:
+        _vanished(number, ranks[number], watch.place(number))
     failed = [
         (rank.error["symptom"], number, rank.error)
         for number, rank in enumerate(ranks)
@@ -308,37 +254,26 @@ def _fail(ranks: list[_Rank], record: Path) -> NoReturn:
     _, number, error = min(failed, key=lambda item: item[:2])
     text = error["text"]
     if not error["wanted"] or error["status"] == 1:
-        text = f"rank {number} failed ({place(ranks[number], data, number)}): {text}"
+        text = f"rank {number} failed ({watch.place(number)}): {text}"
     failure = RankError(text, number, error["traceback"])
     failure.exit_status = error["status"]
     raise failure
 
 
-def _stalled(ranks: list[_Rank], record: Path) -> None:
-    """Nothing moves: name the ranks that do not wait for another."""
-    data = record.read_bytes()
-    guilty = [n for n in range(len(ranks)) if _read(data, n)[3] != WAITING] or list(
-        range(len(ranks))
-    )
-    places = "; ".join(f"rank {n} ({place(ranks[n], data, n)})" for n in guilty)
-    raise RankError(
-        f"no rank made progress for {STALL:.0f} s; the others wait for {places}", guilty[0]
-    )
-
-
-def _read(data: bytes, rank: int) -> tuple[int, int, int, int]:
-    program, step, position, state = _RECORD.unpack_from(data, rank * _RECORD.size)
-    return program, step, position, state
-
-
-def place(rank: _Rank, data: bytes, number: int) -> str:
-    """Where a rank stands: step, stage, micro-batch and instruction, or what it was doing."""
-    program, step, position, state = _read(data, number)
-    lines = rank.programs.get(program)
-    if lines is None or not 0 <= position < len(lines):
-        return f"step {step}, {rank.phase}" if step >= 0 else rank.phase
-    waiting = ", waiting for its input" if state == WAITING else ""
-    return f"step {step}, {lines[position]}{waiting}"
+def _vanished(number: int, rank: _Rank, place: str) -> NoReturn:
+    """A process ended without a word."""
+    code = rank.process.exitcode or 0
+    if code == NO_GUARD:
+        raise InputError(
+            "each process imports this script, which starts a run again: call adaptis.train "
+            'below `if __name__ == "__main__":`'
+        )
+    if code >= 0:
+        text = f"rank {number} ended with status {code} before its work was done ({place})"
+        raise RankError(text, number)
+    hint = "; the system may have run out of memory" if -code == signal.SIGKILL else ""
+    name = signal.Signals(-code).name
+    raise RankError(f"rank {number} was killed by {name} ({place}){hint}", number)
 
 
 def _end(ranks: list[_Rank]) -> None:

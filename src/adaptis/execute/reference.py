@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from adaptis.measure.random import drawing
+from adaptis.measure.stage import collecting_losses
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -23,18 +26,23 @@ class Reference:
 
     def __init__(self, model: TorchModel, *, optimizer: Optimizer, seed: int = 0) -> None:
         self.module, self._run = plain(model, seed)
-        self._model = model
+        self._model, self._seed, self._steps = model, seed, 0
         trained = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer: torch.optim.Optimizer = optimizer(trained)
 
     def step(self, batch: Sequence[Microbatch]) -> float:
         """Train on one batch; its loss."""
         weight = 1.0 / sum(self._model.weight(microbatch) for microbatch in batch)
+        device = next(self.module.parameters()).device
         total = 0.0
-        for microbatch in batch:
-            loss = self._model.loss(self._run(microbatch), microbatch) * weight
+        for m, microbatch in enumerate(batch):
+            with drawing(self._seed, self._steps, 0, m, device), collecting_losses() as terms:
+                loss = self._model.loss(self._run(microbatch), microbatch) * weight
+            for term in terms:  # by its share of the tokens
+                loss = loss + term * self._model.weight(microbatch) * weight
             loss.backward()
             total += float(loss.detach())
+        self._steps += 1
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return total

@@ -1,42 +1,45 @@
 """A model in training under one plan, as one rank sees it.
 
-Every rank builds its own stages only. Parameters are known by their global names; a name that
-several ranks hold is one parameter (tied embedding and head), whose gradients are summed in the
-order of the ranks before each update.
+Every rank builds its own stages only, and its rows of a sharded head. Parameters are known by
+their global names; a name that several ranks hold is one parameter (tied embedding and head, copies
+of a stage), whose gradients are summed before each update. Rows [a, b) of NAME are `NAME[a:b]`.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
+import numpy as np
 
 from adaptis.check import check
 from adaptis.errors import PlanError
 from adaptis.execute.executor import Executor, describe, refuse_unknown
+from adaptis.execute.gradients import Gradients
+from adaptis.execute.head import ShardedHead
+from adaptis.execute.offload import HostMemory
 from adaptis.execute.transport import TorchTransport
 from adaptis.lower import lower
 from adaptis.measure.compute import StageCompute
-from adaptis.program import Compute, Op, parts
+from adaptis.program import Compute, Op, Overlap, parts
 from adaptis.timeline import Timeline, from_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    import torch
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
     from adaptis.execute.executor import Row
     from adaptis.execute.world import World
     from adaptis.measure.stage import Microbatch, StageModule, TorchModel
     from adaptis.plan import Plan
+    from adaptis.program import Program
 
     Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
-
-_SHARED_TAG = 1 << 30  # above every tag of the transport
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,7 @@ class StepResult:
     begin: float
     end: float  # the optimizer included
     rows: list[Row]
+    norm: float = 0.0  # of all gradients before they were clipped; 0 where they are not
 
 
 class Session:
@@ -61,25 +65,38 @@ class Session:
         optimizer: Optimizer,
         seed: int = 0,
         key: int = 0,
+        max_norm: float = 0.0,
     ) -> None:
         """Check `plan`, build this rank's stages and its optimizer.
+
+        Args:
+            world: the ranks; each does the same.
+            model: what is trained.
+            plan: how.
+            optimizer: makes the optimizer from this rank's parameters.
+            seed: of the initial weights.
+            key: tells this program from others in the same run.
+            max_norm: gradients are clipped to this global norm; 0: they are not.
 
         Raises:
             PlanError: the plan is for another number of devices or layers.
             ProgramError: it breaks a rule.
         """
+        plan = _clipped(plan, max_norm)
         _suits(plan, model, world.size)
         self.plan, self.model, self.world = plan, model, world
         self.program = lower(plan)
         check(self.program)
         refuse_unknown(self.program)
         self.steps = 0
-        self._key = key
+        self._key, self._max_norm, self._norm = key, max_norm, 0.0
         device = world.rank
         lines = [
             describe(self.program, device, i) for i in range(len(self.program.devices[device]))
         ]
-        world.tell("program", key, lines)
+        predicted = plan.provenance.get("step_seconds")
+        seconds = predicted if isinstance(predicted, int | float) else 0.0
+        world.tell("program", key, lines, seconds)
         modules = {
             s: model.build(stage.start, stage.stop, seed=seed)
             for s, stage in enumerate(plan.stages)
@@ -89,38 +106,58 @@ class Session:
         self.buffers = {
             n: b for module in modules.values() for n, b in module.global_buffers().items()
         }
+        self.stages = self._build_stages(modules, seed)
+        self.head = self._build_head(seed)
+        rows = self.head.rows if self.head else {}
+        if self.head:
+            self.parameters |= self.head.parameters
+        trained = [p for p in self.parameters.values() if p.requires_grad]
+        self.optimizer = optimizer(trained) if trained else None
+        self._gradients = Gradients(world, self.parameters, rows)
+        self._transport = TorchTransport(self.program.num_stages, plan.num_microbatches)
+        self._executor = Executor(
+            self.program,
+            device,
+            self.stages,
+            self._transport,
+            world.progress,
+            host=HostMemory(),
+            head=self.head,
+        )
+
+    def _build_stages(self, modules: dict[int, StageModule], seed: int) -> dict[int, StageCompute]:
+        plan, layout = self.plan, self.program.layout
         split = {
             c.stage
-            for work in plan.programs[device]
+            for work in plan.programs[self.world.rank]
             for c in parts(work)
             if c.op is Op.BACKWARD_INPUT
         }
-        self.stages = {
+        return {
             s: StageCompute(
-                model,
+                self.model,
                 module,
-                last=s == len(plan.stages) - 1,
+                last=layout.is_last(s) and not layout.reductions,
                 split=s in split,
                 recompute=plan.stages[s].recompute,
+                seed=seed,
             )
             for s, module in modules.items()
         }
-        trained = [p for p in self.parameters.values() if p.requires_grad]
-        self.optimizer = optimizer(trained) if trained else None
-        self.shared = self._find_shared()
-        transport = TorchTransport(self.program.num_stages, plan.num_microbatches)
-        self._transport = transport
-        self._executor = Executor(self.program, device, self.stages, transport, world.progress)
 
-    def _find_shared(self) -> list[tuple[str, list[int]]]:
-        """The names that other ranks hold too, with all their holders."""
-        holders: dict[str, list[int]] = {}
-        for rank, names in enumerate(self.world.gather(json.dumps(sorted(self.parameters)))):
-            for name in json.loads(names):
-                holders.setdefault(name, []).append(rank)
-        return [
-            (n, ranks) for n, ranks in holders.items() if len(ranks) > 1 and n in self.parameters
-        ]
+    def _build_head(self, seed: int) -> ShardedHead | None:
+        reductions = self.program.layout.reductions
+        if not reductions:
+            return None
+        return ShardedHead(
+            self.model,
+            self.world.rank,
+            self.world.size,
+            seed=seed,
+            reductions=reductions,
+            home=self.plan.placement[-1],
+            held=self.parameters,
+        )
 
     def step(
         self, batch: Sequence[Microbatch], watch: Callable[[], None] | None = None
@@ -140,41 +177,31 @@ class Session:
         self._transport.begin([_signature(microbatch) for microbatch in batch])
         self.world.progress.begin(self._key, self.steps)
         begin = time.perf_counter()
-        rows = self._executor.run(batch, weight, self._update, watch)
+        rows = self._executor.run(batch, weight, self.steps, self._update, watch)
         end = time.perf_counter()
         self.world.progress.leave()
         self.steps += 1
-        return StepResult(self.world.sum(self._loss()), begin, end, rows)
+        return StepResult(self.world.sum(self._loss()), begin, end, rows, self._norm)
 
     def _loss(self) -> float:
-        last = self.stages.get(len(self.plan.stages) - 1)
-        if last is None:
-            return 0.0
-        total = sum(float(last.losses[m]) for m in range(self.plan.num_microbatches))
-        last.reset()
+        """This rank's part of the loss of the whole batch."""
+        owners: list[StageCompute | ShardedHead] = [*self.stages.values()]
+        owners += [self.head] if self.head else []
+        total = 0.0
+        for m in range(self.plan.num_microbatches):  # in the order of plain training
+            total += sum(float(owner.losses[m]) for owner in owners if m in owner.losses)
+        for owner in owners:
+            owner.losses.clear()
         return total
 
     def _update(self) -> None:
-        """STEP: sum shared gradients, step the optimizer, forget the gradients."""
-        for index, (name, holders) in enumerate(self.shared):
-            self._sum_shared(self.parameters[name], holders, _SHARED_TAG + index)
+        """STEP: settle the gradients, step the optimizer, forget them."""
+        self._gradients.settle()
+        if self._max_norm:
+            self._norm = self._gradients.clip(self._max_norm)
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-
-    def _sum_shared(self, parameter: nn.Parameter, holders: list[int], tag: int) -> None:
-        own = parameter.grad if parameter.grad is not None else torch.zeros_like(parameter)
-        others = {rank: torch.empty_like(own) for rank in holders if rank != self.world.rank}
-        sends = [dist.isend(own, rank, tag=tag) for rank in others]
-        receives = [dist.irecv(tensor, rank, tag=tag) for rank, tensor in others.items()]
-        for work in [*sends, *receives]:
-            if work is not None:
-                work.wait()
-        terms = [own if rank == self.world.rank else others[rank] for rank in holders]
-        total = terms[0].clone()
-        for term in terms[1:]:
-            total += term
-        parameter.grad = total
 
     def timeline(self, result: StepResult, name: str) -> Timeline:
         """A step of all ranks as a timeline, the same on every rank; every rank calls this."""
@@ -192,7 +219,7 @@ class Session:
             ]
             for part in parts
         ]
-        return from_rows(
+        timeline = from_rows(
             rows,
             name=name,
             source="measured",
@@ -200,6 +227,36 @@ class Session:
             num_microbatches=self.plan.num_microbatches,
             step=max(part["end"] for part in parts) - zero,
         )
+        layout = self.program.layout
+        return replace(
+            timeline,
+            copies=layout.copies,
+            reductions=layout.reductions,
+            partner=_partners(self.program),
+        )
+
+
+def _clipped(plan: Plan, max_norm: float) -> Plan:
+    """The plan with gradients clipped if there is a norm for it."""
+    if max_norm < 0 or (plan.clipped and not max_norm):
+        raise PlanError(
+            f"gradients are to be clipped by a global norm of {max_norm:g}; give a 'max_norm' "
+            f"above 0, or use a plan without clipping"
+        )
+    return replace(plan, clipped=max_norm > 0)
+
+
+def _partners(program: Program) -> NDArray[np.int32] | None:
+    """For each row of a timeline the other part of its fused pair; None: there are no pairs."""
+    partner: list[int] = []
+    for row in program.devices:
+        for instruction in row:
+            here = len(partner)
+            if isinstance(instruction, Overlap):
+                partner += [here + 1, here]
+            elif isinstance(instruction, Compute):
+                partner.append(-1)
+    return np.array(partner, np.int32) if max(partner, default=-1) >= 0 else None
 
 
 def _suits(plan: Plan, model: TorchModel, size: int) -> None:

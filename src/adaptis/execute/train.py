@@ -55,9 +55,12 @@ class Job:
     optimizer: Optimizer = field(default_factory=adamw)
     seed: int = 0
     search_seconds: float = 5.0
+    max_norm: float = 0.0  # gradients are clipped to this global norm; 0: they are not
     folder: str = ""  # where plan, profile, timeline and checkpoints go; empty: nowhere
     save_every: int = 0  # steps; 0: at the end only
     resume: bool = False
+    background: bool = True  # training goes on while a checkpoint is written
+    weights: str = ""  # a folder of transformers' save_pretrained; empty: initial values
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +85,12 @@ def train(
     optimizer: Optimizer | None = None,
     seed: int = 0,
     search_seconds: float = 5.0,
+    max_norm: float = 0.0,
     folder: str | Path = "",
     save_every: int = 0,
     resume: bool = False,
+    background: bool = True,
+    weights: str | Path = "",
     say: Callable[[str, dict[str, Any]], None] = lambda kind, data: None,
 ) -> Result:
     """Train `model` on `devices` processes, exactly as one process would.
@@ -102,9 +108,13 @@ def train(
         optimizer: makes the optimizer from the parameters of a rank; AdamW where none is given.
         seed: of the initial weights and of the search.
         search_seconds: how long to search for a plan.
+        max_norm: all gradients together are clipped to this norm; 0: they are not.
         folder: for plan, profile, timeline and checkpoints.
         save_every: steps between checkpoints; 0 saves at the end only.
-        resume: continue from the newest checkpoint in `folder`.
+        resume: continue from the newest checkpoint in `folder` that is whole.
+        background: write checkpoints while training goes on, from a copy of the state, which needs
+            that much memory; otherwise training waits.
+        weights: a folder that transformers' `save_pretrained` wrote, to start from.
         say: called with the progress.
 
     Raises:
@@ -115,17 +125,11 @@ def train(
     )
     if steps < 1:
         raise InputError(f"{steps} steps: at least 1 is needed")
+    folders = {"folder": str(folder), "weights": str(weights)}
+    saving = {"save_every": save_every, "resume": resume, "background": background}
+    made = optimizer or adamw()
     job = Job(
-        model,
-        batches,
-        steps,
-        chosen,
-        optimizer or adamw(),
-        seed,
-        search_seconds,
-        str(folder),
-        save_every,
-        resume,
+        model, batches, steps, chosen, made, seed, search_seconds, max_norm, **folders, **saving
     )
     if under_torchrun():
         with launched(say) as world:
@@ -153,26 +157,51 @@ def run(world: World, job: Job) -> Result:
     if plan is None:
         measured, plan = _plan(world, model, job)
     world.phase("building stages")
-    session = Session(world, model, plan, optimizer=job.optimizer, seed=job.seed)
+    session = Session(
+        world, model, plan, optimizer=job.optimizer, seed=job.seed, max_norm=job.max_norm
+    )
     folder = Path(job.folder) if job.folder else None
     if job.resume:
-        _resume(session, folder)
+        _resume(session, job)
+    elif job.weights:
+        _take_weights(session, job)
     if world.rank == 0 and folder:
-        save_plan(plan, folder / "plan.json")
+        save_plan(session.plan, folder / "plan.json")
     world.say("start", step=session.steps, steps=job.steps, plan=plan_to_json(plan))
-    results, saved = [], ""
+    saver = _saver(session, job)
+    results = []
     world.phase("training")
     while session.steps < job.steps:
         result = session.step(job.batches(session.steps))
         results.append(result)
         seconds = result.end - result.begin
         world.say("step", step=session.steps, steps=job.steps, loss=result.loss, seconds=seconds)
-        due = session.steps == job.steps or (job.save_every and session.steps % job.save_every == 0)
-        if folder and due:
-            world.phase("saving a checkpoint")
-            saved = str(checkpoint.save(session, folder / "checkpoints", seed=job.seed))
-            world.phase("training")
-    return _result(session, results, saved, measured)
+        if saver:
+            saver.poll()
+            due = job.save_every and not session.steps % job.save_every
+            if due or session.steps == job.steps:
+                world.phase("saving a checkpoint")
+                saver.start()
+                world.phase("training")
+    if saver:
+        world.phase("saving a checkpoint")
+        saver.finish()
+    return _result(session, results, saver.saved if saver else "", measured)
+
+
+def _take_weights(session: Session, job: Job) -> None:
+    from adaptis.execute.pretrained import load_pretrained
+
+    session.world.phase("loading weights")
+    unused = load_pretrained(session, Path(job.weights))
+    session.world.say("weights", folder=job.weights, unused=unused)
+
+
+def _saver(session: Session, job: Job) -> checkpoint.Saver | None:
+    if not job.folder:
+        return None
+    folder = Path(job.folder, "checkpoints")
+    return checkpoint.Saver(session, folder, seed=job.seed, background=job.background)
 
 
 def _plan(world: World, model: TorchModel, job: Job) -> tuple[Measured, Plan]:
@@ -214,23 +243,19 @@ def _plan(world: World, model: TorchModel, job: Job) -> tuple[Measured, Plan]:
     return measured, plan_from_json(json.loads(world.broadcast(text)))
 
 
-def _resume(session: Session, folder: Path | None) -> None:
-    if folder is None:
+def _resume(session: Session, job: Job) -> None:
+    if not job.folder:
         raise InputError("to resume, say from where: a folder with checkpoints is needed")
     world = session.world
     world.phase("loading a checkpoint")
-    found, problem = "", ""
-    if world.rank == 0:
-        inner = folder / "checkpoints"
-        try:
-            found = str(checkpoint.newest(inner if inner.is_dir() else folder))
-        except InputError as error:
-            problem = str(error)
-    if problem := world.broadcast(problem):
-        raise InputError(problem)
-    found = world.broadcast(found)
-    checkpoint.load(session, Path(found))
-    world.say("resumed", step=session.steps, checkpoint=found)
+    inner = Path(job.folder, "checkpoints")
+    found, problems = checkpoint.resume(session, inner if inner.is_dir() else Path(job.folder))
+    if found.seed != job.seed:
+        raise InputError(
+            f"{found.path}: was saved by a run with seed {found.seed}, this one has seed "
+            f"{job.seed}; resume with the seed {found.seed}"
+        )
+    world.say("resumed", step=session.steps, checkpoint=str(found.path), problems=problems)
 
 
 def _result(session: Session, results: list[Any], saved: str, measured: Measured | None) -> Result:

@@ -1,55 +1,52 @@
 """How values pass between devices: four verbs over `torch.distributed`.
 
 Receives are posted ahead and waited for by their reader; sends are started and kept until they are
-done. On each directed link messages keep the order of the program, and each carries a tag of its
-own where the backend has tags (gloo), so that an order mistake cannot swap two values. The shape
-of a value is announced once, before the first message of its kind; after that it is known at both
-ends.
+done. On each directed link messages keep the order of the program, and each value carries a tag of
+its own where the backend has tags (gloo), so that an order mistake cannot swap two values. A value
+is a tensor or a bundle of several; its form is announced once, before the first message of its
+kind, and a sender whose value has another form says so instead of sending it.
 
-It knows nothing of what the values mean.
+What arrives lies in buffers that are used again as soon as nothing refers to their bytes any more,
+so there are never more of them than values alive at one moment. It knows nothing of what the values
+mean.
 """
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from adaptis.errors import RankError
+from adaptis.measure.values import Bundle
 from adaptis.program import Kind, Value
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Sequence
 
-HEADER = 10  # dtype, number of dimensions, up to 8 sizes
-_DTYPES = (
-    torch.float32,
-    torch.float64,
-    torch.bfloat16,
-    torch.float16,
-    torch.int64,
-    torch.int32,
-    torch.bool,
-    torch.complex64,
-)
+    from adaptis.measure.values import Value as Content
+
+HEADER = 4096  # bytes of an announcement
 Shape = tuple[torch.dtype, tuple[int, ...]]
 
 
 class Transport(Protocol):
     """What the executor needs of a network."""
 
-    def send(self, value: Value, target: int, tensor: Tensor) -> None:
-        """Start handing `tensor` over; never blocks."""
+    def send(self, value: Value, target: int, content: Content) -> None:
+        """Start handing `content` over; never blocks."""
         ...
 
     def post(self, value: Value, source: int) -> None:
         """Get ready for `value`."""
         ...
 
-    def wait(self, value: Value) -> Tensor:
+    def wait(self, value: Value) -> Content:
         """The value, once it is there."""
         ...
 
@@ -58,10 +55,21 @@ class Transport(Protocol):
         ...
 
 
+class _Form(NamedTuple):
+    """What both ends know of a value: each tensor's type and sizes, and how they hang together."""
+
+    shapes: tuple[Shape, ...]
+    structure: str  # of a bundle; empty: a bare tensor
+
+
+_Key = tuple[Kind, int, int]  # kind, stage, number of the inputs' shapes
+
+
 @dataclass(slots=True)
 class _Posted:
-    tensor: Tensor
-    work: Any
+    form: _Form
+    tensors: list[Tensor]
+    works: list[Any]
 
 
 class TorchTransport:
@@ -73,46 +81,56 @@ class TorchTransport:
         self._num_stages = num_stages
         self._num_microbatches = num_microbatches
         self._device = torch.device(device)
-        self._shapes: dict[
-            tuple[Kind, int, object], Shape
-        ] = {}  # (kind, stage, inputs' shapes) -> shape
-        self._signatures: list[object] = []
-        self._pending: dict[int, deque[Value]] = {}  # per source: asked for, shape not known yet
+        self._forms: dict[_Key, _Form] = {}
+        self._announced: set[tuple[_Key, int]] = set()  # what was announced to whom
+        self._numbers: dict[object, int] = {}  # signature of inputs -> its number
+        self._signatures: list[int] = []
+        self._pending: dict[int, deque[Value]] = {}  # per source: asked for, form not known yet
         self._source: dict[Value, int] = {}
         self._posted: dict[Value, _Posted] = {}
         self._sending: deque[tuple[Any, Tensor]] = deque()
+        self.buffers = Buffers(self._device)
 
-    def begin(self, signatures: list[object]) -> None:
+    def begin(self, signatures: Sequence[object]) -> None:
         """A new step, whose micro-batches have these input shapes.
 
         Equal signatures mean equal shapes on the way.
         """
-        self._signatures = signatures
+        numbers = self._numbers
+        self._signatures = [numbers.setdefault(s, len(numbers)) for s in signatures]
+        self.buffers.trim()
 
-    def _key(self, value: Value) -> tuple[Kind, int, object]:
+    def _key(self, value: Value) -> _Key:
         return value.kind, value.stage, self._signatures[value.microbatch]
 
     def _tag(self, value: Value, header: bool = False) -> int:
         kind = 0 if value.kind is Kind.OUTPUT else 1
-        number = (kind * self._num_stages + value.stage) * self._num_microbatches + value.microbatch
-        return 2 * number + header
+        number = (kind * (self._num_stages + 1) + value.stage) * self._num_microbatches
+        return 2 * (number + value.microbatch) + header
 
-    def send(self, value: Value, target: int, tensor: Tensor) -> None:
-        """Start handing `tensor` over; its shape goes first where the receiver cannot know it."""
-        tensor = tensor.contiguous()
-        key = self._key(value)
-        shape = (tensor.dtype, tuple(tensor.shape))
-        if self._shapes.get(key) != shape:
-            if key in self._shapes:
-                raise RankError(
-                    f"stage {value.stage}, micro-batch {value.microbatch}: the {value.kind} has "
-                    f"shape "
-                    f"{shape[1]}, {self._shapes[key][1]} was announced for inputs of this shape"
-                )
-            self._shapes[key] = shape
-            header = _encode(shape).to(self._device)
+    def send(self, value: Value, target: int, content: Content) -> None:
+        """Start handing `content` over; its form goes first where a receiver cannot know it.
+
+        Raises:
+            RankError: its form is not the one that was announced for inputs of these shapes.
+        """
+        form, tensors = _taken_apart(content)
+        key, tag = self._key(value), self._tag(value)
+        known = self._forms.get(key)
+        if known is None:
+            self._forms[key] = form
+        elif known != form:
+            raise RankError(
+                f"stage {value.stage}, micro-batch {value.microbatch}: the {value.kind} is "
+                f"{_described(form)}, but {_described(known)} was announced for inputs of these "
+                f"shapes; a layer's output must have shapes that follow from its inputs'"
+            )
+        if (key, target) not in self._announced:
+            self._announced.add((key, target))
+            header = _encode(form).to(self._device)
             self._start(dist.isend(header, target, tag=self._tag(value, header=True)), header)
-        self._start(dist.isend(tensor, target, tag=self._tag(value)), tensor)
+        for tensor in tensors:
+            self._start(dist.isend(tensor, target, tag=tag), tensor)
 
     def _start(self, work: Any, tensor: Tensor) -> None:
         while self._sending and self._sending[0][0].is_completed():
@@ -120,7 +138,7 @@ class TorchTransport:
         self._sending.append((work, tensor))
 
     def post(self, value: Value, source: int) -> None:
-        """Get ready for `value`; as soon as its shape is known if it is not yet."""
+        """Get ready for `value`; as soon as its form is known if it is not yet."""
         self._source[value] = source
         self._pending.setdefault(source, deque()).append(value)
         self._flush(source)
@@ -129,25 +147,30 @@ class TorchTransport:
         """Post what can be posted, in the order of the link."""
         pending = self._pending[source]
         while pending:
-            shape = self._shapes.get(self._key(pending[0]))
-            if shape is None:
+            form = self._forms.get(self._key(pending[0]))
+            if form is None:
                 return
             value = pending.popleft()
-            tensor = torch.empty(shape[1], dtype=shape[0], device=self._device)
-            self._posted[value] = _Posted(tensor, dist.irecv(tensor, source, tag=self._tag(value)))
+            tag = self._tag(value)
+            tensors = [self.buffers.take(shape) for shape in form.shapes]
+            works = [dist.irecv(tensor, source, tag=tag) for tensor in tensors]
+            self._posted[value] = _Posted(form, tensors, works)
 
-    def wait(self, value: Value) -> Tensor:
+    def wait(self, value: Value) -> Content:
         """The value, once it is there."""
         source = self._source.pop(value)
         while value not in self._posted:
             first = self._pending[source][0]
-            header = torch.empty(HEADER, dtype=torch.int64, device=self._device)
+            header = torch.empty(HEADER, dtype=torch.uint8, device=self._device)
             _wait(dist.irecv(header, source, tag=self._tag(first, header=True)))
-            self._shapes[self._key(first)] = _decode(header)
+            self._forms[self._key(first)] = _decode(header)
             self._flush(source)
         posted = self._posted.pop(value)
-        posted.work.wait()
-        return posted.tensor
+        for work in posted.works:
+            work.wait()
+        if not posted.form.structure:
+            return posted.tensors[0]
+        return Bundle(posted.form.structure, tuple(posted.tensors))
 
     def finish(self) -> None:
         """Wait until everything sent was taken."""
@@ -156,21 +179,74 @@ class TorchTransport:
             work.wait()
 
 
+class Buffers:
+    """Receive buffers by type and sizes.
+
+    Autograd may keep what was received, or a view of it, for as long as it likes: a buffer is free
+    again when its storage has no user left but this pool.
+    """
+
+    _OWN = 2  # users of a free buffer's storage: the tensor here and the storage's own handle
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers: dict[Shape, deque[tuple[Tensor, torch.UntypedStorage]]] = {}
+        self._used: set[Shape] = set()  # in this step
+
+    def take(self, shape: Shape) -> Tensor:
+        """A tensor whose bytes nobody else looks at."""
+        self._used.add(shape)
+        buffers = self._buffers.setdefault(shape, deque())
+        for _ in range(len(buffers)):
+            buffers.rotate(-1)
+            tensor, storage = buffers[-1]
+            if torch._C._storage_Use_Count(storage._cdata) == self._OWN:
+                return tensor.detach()
+        tensor = torch.empty(shape[1], dtype=shape[0], device=self._device)
+        buffers.append((tensor, tensor.untyped_storage()))
+        return tensor.detach()
+
+    def trim(self) -> None:
+        """Let go of shapes that the last step did not need."""
+        for shape in self._buffers.keys() - self._used:
+            del self._buffers[shape]
+        self._used.clear()
+
+    def count(self) -> int:
+        """How many there are."""
+        return sum(map(len, self._buffers.values()))
+
+
 def _wait(work: Any) -> None:
     """Torch's stubs say that a message of our own group may come without its work; it does not."""
     work.wait()
 
 
-def _encode(shape: Shape) -> Tensor:
-    dtype, sizes = shape
-    if len(sizes) > HEADER - 2:
+def _taken_apart(content: Content) -> tuple[_Form, Sequence[Tensor]]:
+    """The form of a value and its tensors, contiguous."""
+    if isinstance(content, Tensor):
+        tensor = content.contiguous()
+        return _Form(((tensor.dtype, tensor.shape),), ""), (tensor,)
+    tensors = [tensor.contiguous() for tensor in content.tensors]
+    shapes = tuple((tensor.dtype, tensor.shape) for tensor in tensors)
+    return _Form(shapes, content.structure), tensors
+
+
+def _described(form: _Form) -> str:
+    return ", ".join(f"{tuple(sizes)} of {dtype}" for dtype, sizes in form.shapes) or "nothing"
+
+
+def _encode(form: _Form) -> Tensor:
+    shapes = [[str(dtype).removeprefix("torch."), sizes] for dtype, sizes in form.shapes]
+    data = json.dumps([shapes, form.structure]).encode()
+    if len(data) > HEADER:
         raise RankError(
-            f"a value of {len(sizes)} dimensions crosses devices, at most {HEADER - 2} are possible"
+            f"a value of {len(form.shapes)} tensors crosses devices: its description has "
+            f"{len(data)} bytes, at most {HEADER} are possible; hand over fewer tensors"
         )
-    numbers = [_DTYPES.index(dtype), len(sizes), *sizes]
-    return torch.tensor(numbers + [0] * (HEADER - len(numbers)), dtype=torch.int64)
+    return torch.frombuffer(bytearray(data.ljust(HEADER)), dtype=torch.uint8)
 
 
-def _decode(header: Tensor) -> Shape:
-    dtype, count, *sizes = header.tolist()
-    return _DTYPES[dtype], tuple(sizes[:count])
+def _decode(header: Tensor) -> _Form:
+    shapes, structure = json.loads(bytes(header.cpu().numpy()))
+    return _Form(tuple((getattr(torch, name), tuple(sizes)) for name, sizes in shapes), structure)

@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from adaptis.errors import InputError, RankError
-from adaptis.execute.launch import ProgressRecord, Seat
+from adaptis.execute.guard import Guard
+from adaptis.execute.watch import ProgressRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from multiprocessing.connection import Connection
 
-TIMEOUT = timedelta(minutes=10)
+    from adaptis.execute.launch import Seat
+
+MEETING = timedelta(minutes=10)  # within which all ranks must have come
+TIMEOUT = timedelta(days=1)  # of gloo: whoever watches knows sooner and better
 
 
 @dataclass(slots=True)
@@ -34,7 +36,7 @@ class World:
     rank: int
     size: int
     progress: ProgressRecord
-    tell: Callable[..., None]  # ("say", kind, data), ("phase", text) or ("program", key, lines)
+    tell: Callable[..., None]  # ("say", kind, data) or what `watch.Account` takes
     cores: tuple[int, ...]  # that all ranks of this machine may use
 
     def say(self, kind: str, **data: Any) -> None:
@@ -55,18 +57,31 @@ class World:
         finally:
             os.sched_setaffinity(0, own)
 
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """This rank may stand still, as it needs the others."""
+        self.progress.waits()
+        yield
+        self.progress.resumes()
+
     def barrier(self) -> None:
         """Wait for all ranks."""
-        dist.barrier()
+        with self._waiting():
+            dist.barrier()
 
     def sum(self, number: float) -> float:
         """The sum of every rank's number, on every rank."""
         total = torch.tensor([number], dtype=torch.float64)
-        dist.all_reduce(total)
+        with self._waiting():
+            dist.all_reduce(total)
         return float(total)
 
     def broadcast(self, text: str | None, source: int = 0) -> str:
         """The source's text, on every rank."""
+        with self._waiting():
+            return self._broadcast(text, source)
+
+    def _broadcast(self, text: str | None, source: int) -> str:
         data = (text or "").encode()
         size = torch.tensor([len(data)])
         dist.broadcast(size, source)
@@ -87,6 +102,7 @@ class World:
 def seated(seat: Seat, connection: Connection) -> Iterator[World]:
     """Join the run that our own supervisor started."""
     torch.set_num_threads(seat.threads)
+    progress = ProgressRecord(seat.record, seat.rank)
     store = dist.FileStore(seat.store, seat.num_ranks)
     dist.init_process_group(
         "gloo", store=store, rank=seat.rank, world_size=seat.num_ranks, timeout=TIMEOUT
@@ -95,13 +111,11 @@ def seated(seat: Seat, connection: Connection) -> Iterator[World]:
     def tell(*message: Any) -> None:
         connection.send(message)
 
-    try:
-        yield World(
-            seat.rank, seat.num_ranks, ProgressRecord(seat.record, seat.rank), tell, seat.cores
-        )
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
+    world = World(seat.rank, seat.num_ranks, progress, tell, seat.cores)
+    yield world  # after an error the process ends, which closes all that is open
+    world.barrier()
+    progress.depart()
+    dist.destroy_process_group()
 
 
 def under_torchrun() -> bool:
@@ -117,15 +131,10 @@ def launched(say: Callable[[str, dict[str, Any]], None]) -> Iterator[World]:
         InputError: the port of the rendezvous is taken.
         RankError: another rank was lost.
     """
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-
-    def tell(*message: Any) -> None:
-        if message[0] == "say" and rank == 0:
-            say(message[1], message[2])
-
     try:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+        store, rank, size = next(dist.rendezvous("env://", timeout=MEETING))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise _rendezvous_error(error) from None
     except ValueError as error:
@@ -133,15 +142,24 @@ def launched(say: Callable[[str, dict[str, Any]], None]) -> Iterator[World]:
             f"RANK and WORLD_SIZE are set but the rendezvous is not ({error}): start with "
             f"torchrun, or unset RANK and WORLD_SIZE"
         ) from None
+    guard = Guard(store, rank, size)
     cores = tuple(sorted(os.sched_getaffinity(0)))
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(bytes(32 * (rank + 1)))
-        file.flush()
-        try:
-            yield World(rank, size, ProgressRecord(Path(file.name), rank), tell, cores)
-            dist.barrier()
-        finally:
-            dist.destroy_process_group()
+
+    def tell(*message: Any) -> None:
+        if message[0] != "say":
+            guard.tell(*message)
+        elif rank == 0:
+            say(message[1], message[2])
+
+    try:
+        with guard.watching():
+            world = World(rank, size, guard.record, tell, cores)
+            world.barrier()
+            guard.forget_file()
+            yield world
+            world.barrier()
+    finally:
+        dist.destroy_process_group()
 
 
 def _rendezvous_error(error: Exception) -> InputError | RankError:

@@ -1,142 +1,36 @@
 """What F, B, I, W and R mean on one stage: the only place where gradients are computed.
 
-The backward is split exactly. In a split stage each `nn.Linear` computes through `_SplitLinear`:
-during I its backward hands on the input gradient and leaves the two operands of the weight
-gradient in a `Pending` list; W multiplies them later, with the very expression that a fused
-backward uses, so that the sums are the same to the last bit. Everything else (norms, convolutions,
-embeddings, scans) has its weight gradients computed in I.
+A stage's forward is the same wherever it runs: random numbers depend on (seed, step, layer,
+micro-batch) alone, buffers move once a micro-batch, auxiliary losses count by their share of the
+tokens. How the backward is split stands in `split`.
 
 It knows nothing of schedules, devices or processes.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+
+from adaptis.measure.random import drawing
+from adaptis.measure.split import Pending, Splitter
+from adaptis.measure.stage import collecting_losses
+from adaptis.measure.values import entries, gradients, pack, replaced, roots, tensors_of, unpack
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from adaptis.measure.stage import Microbatch, StageModule, TorchModel
+    from adaptis.measure.values import Value
 
-
-@dataclass(slots=True)
-class Pending:
-    """Weight gradients that I left for W.
-
-    (parameter, left factor, right factor) of each product.
-    """
-
-    products: list[tuple[nn.Parameter, Tensor, Tensor]] = field(default_factory=list)
-    sums: list[tuple[nn.Parameter, Tensor]] = field(
-        default_factory=list
-    )  # bias: gradients to be summed
-
-    def tensors(self) -> list[Tensor]:
-        """What is held."""
-        return [t for _, a, b in self.products for t in (a, b)] + [g for _, g in self.sums]
-
-    def num_bytes(self) -> int:
-        """Bytes held, each storage once."""
-        tensors = self.tensors()
-        return sum(
-            {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
-        )
-
-    def run(self) -> None:
-        """Compute the gradients and let go of their operands."""
-        for parameter, gradient, inputs in self.products:
-            _accumulate(parameter, _weight_gradient(gradient, inputs))
-        for parameter, gradient in self.sums:
-            _accumulate(parameter, gradient.sum(0))
-        self.products.clear()
-        self.sums.clear()
-
-
-def _weight_gradient(gradient: Tensor, inputs: Tensor) -> Tensor:
-    """(tokens, out)ᵀ (tokens, in).
-
-    What torch computes for a linear layer, in the same order of operands.
-    """
-    return gradient.t().mm(inputs)
-
-
-def _accumulate(parameter: nn.Parameter, gradient: Tensor) -> None:
-    if parameter.grad is None:
-        parameter.grad = gradient
-    else:
-        parameter.grad += gradient
-
-
-class _Switch:
-    """Where a stage's linear layers put their weight gradients: shared by all of them."""
-
-    def __init__(self) -> None:
-        self.split = False  # whether forwards go through _SplitLinear
-        self.pending: Pending | None = (
-            None  # open during I; None: compute the weight gradient at once
-        )
-
-
-class _SplitLinear(torch.autograd.Function):
-    """y = x Aᵀ + b, whose weight gradient can wait."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, switch: _Switch
-    ) -> Tensor:
-        ctx.save_for_backward(inputs, weight, bias)
-        ctx.switch = switch
-        return functional.linear(inputs, weight, bias)
-
-    @staticmethod
-    def backward(
-        ctx: Any, *gradients: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        (gradient,) = gradients
-        inputs, weight, bias = ctx.saved_tensors
-        needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        flat = gradient.reshape(-1, gradient.shape[-1])
-        input_gradient = flat.mm(weight).view(inputs.shape) if needs_input else None
-        flat_inputs = inputs.reshape(-1, inputs.shape[-1])
-        pending = ctx.switch.pending
-        if pending is not None:
-            if needs_weight:
-                pending.products.append((weight, flat, flat_inputs))
-            if needs_bias:
-                pending.sums.append((bias, flat))
-            return input_gradient, None, None, None
-        weight_gradient = _weight_gradient(flat, flat_inputs) if needs_weight else None
-        return input_gradient, weight_gradient, flat.sum(0) if needs_bias else None, None
-
-
-@dataclass(frozen=True, slots=True)
-class _Routed:
-    """The forward of a linear layer that obeys a switch."""
-
-    layer: nn.Linear
-    switch: _Switch
-
-    def __call__(self, input: Tensor) -> Tensor:
-        weight, bias = self.layer.weight, self.layer.bias
-        if self.switch.split and torch.is_grad_enabled():
-            return _SplitLinear.apply(input, weight, bias, self.switch)
-        return functional.linear(input, weight, bias)
-
-
-def _route_linear_layers(module: nn.Module, switch: _Switch) -> None:
-    """Let every plain `nn.Linear` in `module` obey `switch`.
-
-    Subclasses with a forward of their own stay as they are. A module that another `StageCompute`
-    had before (a `Chain` of ready-made modules) obeys the new one.
-    """
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward:
-            own = vars(layer).get("forward")
-            if own is None or isinstance(own, _Routed):
-                layer.forward = _Routed(layer, switch)
+Buffers = dict[tuple[nn.Module, str], Tensor]
+# What is handed on (None on the last stage), and what the stage adds to the step's loss (None where
+# it is not the last and no layer adds one).
+Result = tuple["Value | None", Tensor | None]
 
 
 @dataclass(slots=True)
@@ -144,10 +38,12 @@ class _Saved:
     """What a stage keeps of one micro-batch from F to B or I."""
 
     microbatch: Microbatch
+    number: int  # of the micro-batch in the step
+    step: int
     weight: float
-    inputs: Tensor | None  # a leaf; None on the first stage
-    output: Tensor | None  # the end of the graph; None until R where the stage recomputes
-    random: Tensor | None = None  # the generator's state before F, for R
+    inputs: Value | None  # leaves; None on the first stage
+    output: Result | None = None  # the graph's ends; None until R where the stage recomputes
+    buffers: Buffers | None = None  # those that move, as F found them, for R
 
 
 class StageCompute:
@@ -165,97 +61,165 @@ class StageCompute:
         last: bool,
         split: bool = False,
         recompute: bool = False,
+        seed: int = 0,
+        autocast: torch.dtype | None = None,
     ) -> None:
+        """Take a stage.
+
+        Args:
+            model: whose stage it is.
+            module: the stage.
+            last: whether the loss is computed here.
+            split: whether forwards prepare for I and W.
+            recompute: whether F keeps its input alone and R repeats it.
+            seed: of the random numbers that layers draw.
+            autocast: what products are computed in, where it is not the parameters' own type.
+        """
         self.module = module
-        self.losses: dict[
-            int, Tensor
-        ] = {}  # micro-batch -> its share of the step's loss (last stage)
+        self.losses: dict[int, Tensor] = {}  # micro-batch -> this stage's share of the step's loss
         self._model = model
         self._last = last
         self._recompute = recompute
-        self._switch = _Switch()
-        self._switch.split = split
+        self._seed, self._autocast = seed, autocast
+        self._device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self._saved: dict[int, _Saved] = {}
         self._pending: dict[int, Pending] = {}
-        _route_linear_layers(module, self._switch)
+        self._moving: set[tuple[nn.Module, str]] | None = None  # buffers; None before the first F
+        self._splitter = Splitter(module, on=split)
 
     def split(self, on: bool) -> None:
         """Whether the next forwards prepare for I and W."""
-        self._switch.split = on
+        self._splitter.on = on
 
     def forward(
-        self, m: int, inputs: Tensor | None, microbatch: Microbatch, weight: float
-    ) -> Tensor | None:
+        self, m: int, inputs: Any, microbatch: Microbatch, weight: float, step: int = 0
+    ) -> Any:
         """F: the stage's output, detached; None on the last stage, which adds to `losses`.
 
+        What is handed from stage to stage, here and below, is a tensor or a `values.Bundle`.
         `weight` multiplies the summed loss: 1 / (tokens of the whole step).
         """
-        leaf = None if inputs is None else inputs.detach().requires_grad_()
-        saved = _Saved(microbatch, weight, leaf, None)
+        saved = _Saved(microbatch, m, step, weight, None if inputs is None else entries(inputs))
         self._saved[m] = saved
         if self._recompute:
-            saved.random = torch.get_rng_state()
+            saved.buffers = self._buffers()
             with torch.no_grad():
-                output = self._run(saved)
+                output, loss = self._run(saved)
+            self._learn(saved.buffers)
         else:
-            output = saved.output = self._run(saved)
-        if self._last:
-            self.losses[m] = output.detach()
+            output, loss = saved.output = self._graph(saved, self._all_buffers_once())
+        if loss is not None:
+            self.losses[m] = loss.detach()
+        if output is None:
             return None
-        return output.detach()
+        return replaced(output, [t.detach() for t in tensors_of(output)])
 
-    def _run(self, saved: _Saved) -> Tensor:
-        output = self.module(saved.inputs, saved.microbatch)
-        if self._last:
-            return self._model.loss(output, saved.microbatch) * saved.weight
-        return output
+    def _all_buffers_once(self) -> Buffers:
+        """Copies, while the first forward may have to be repeated."""
+        return {} if self._splitter.sure else self._buffers()
+
+    def _graph(self, saved: _Saved, start: Buffers) -> Result:
+        """Run with a graph; `start` is the buffers before."""
+        output, loss = self._run(saved)
+        if self._splitter.learn([*tensors_of(output), *([] if loss is None else [loss])]):
+            return output, loss
+        with _other_buffers(start, self.module):
+            return self._run(saved)
+
+    def _run(self, saved: _Saved) -> Result:
+        inputs = None if saved.inputs is None else unpack(saved.inputs)
+        place = (saved.step, self.module.start, saved.number)
+        with (
+            drawing(self._seed, *place, self._device),
+            self._splitter.prepared(),
+            self._casting(),
+            collecting_losses() as terms,
+        ):
+            value: Any = self.module(inputs, saved.microbatch)
+            loss = self._model.loss(value, saved.microbatch) * saved.weight if self._last else None
+        if terms:
+            share = self._model.weight(saved.microbatch) * saved.weight
+            extra = sum(terms[1:], terms[0]) * share
+            loss = extra if loss is None else loss + extra
+        return None if self._last else pack(value), loss
+
+    def _casting(self) -> torch.autocast:
+        return torch.autocast(
+            self._device.type, dtype=self._autocast, enabled=self._autocast is not None
+        )
 
     def recompute(self, m: int) -> None:
         """R: what F would have kept, from the kept input and the same random numbers."""
         saved = self._saved[m]
-        now = torch.get_rng_state()
-        if saved.random is not None:
-            torch.set_rng_state(saved.random)
-        saved.output = self._run(saved)
-        torch.set_rng_state(now)
+        start = saved.buffers or {}
+        with _other_buffers(start, self.module):
+            saved.output = self._graph(saved, start)
+        saved.buffers = None
 
-    def backward(self, m: int, gradient: Tensor | None) -> Tensor | None:
+    def evaluate(self, inputs: Any, microbatch: Microbatch) -> Any:
+        """The output, or on the last stage the summed loss, without anything kept or changed."""
+        training = self.module.training
+        self.module.eval()
+        try:
+            with torch.no_grad(), _other_buffers({}, self.module), self._casting():
+                value: Any = self.module(None if inputs is None else unpack(inputs), microbatch)
+                return self._model.loss(value, microbatch) if self._last else pack(value)
+        finally:
+            self.module.train(training)
+
+    def backward(self, m: int, gradient: Any) -> Any:
         """B.
 
         Accumulate the weight gradients, return the gradient of the input (None on the first stage).
         """
+        if not self._splitter.on:
+            return self._backward(m, gradient)
+        result = self.backward_input(m, gradient)
+        self.backward_weight(m)
+        return result
+
+    def _backward(self, m: int, gradient: Value | None) -> Value | None:
         saved = self._saved.pop(m)
         if saved.output is None:
             raise RuntimeError(f"micro-batch {m} has no activations: F or R has not run")
-        if (
-            saved.output.requires_grad
-        ):  # a stage of frozen layers at the start of the chain has nothing to do
-            torch.autograd.backward(saved.output, gradient)
-        return None if saved.inputs is None else saved.inputs.grad
+        output, loss = saved.output
+        ends = [] if output is None else roots(output, gradient)
+        if loss is not None and loss.requires_grad:
+            ends.append((loss, None))
+        if ends:  # a stage of frozen layers at the start of the chain has nothing to do
+            torch.autograd.backward([end for end, _ in ends], [given for _, given in ends])
+        return None if saved.inputs is None else gradients(saved.inputs)
 
-    def backward_input(self, m: int, gradient: Tensor | None) -> Tensor | None:
+    def backward_input(self, m: int, gradient: Any) -> Any:
         """I: the gradient of the input.
 
-        What the linear layers' weights need is left for `backward_weight`.
+        What the weights of products need is left for `backward_weight`.
         """
-        self._pending[m] = self._switch.pending = Pending()
-        try:
-            return self.backward(m, gradient)
-        finally:
-            self._switch.pending = None
+        with self._splitter.collecting() as pending:
+            self._pending[m] = pending
+            return self._backward(m, gradient)
 
     def backward_weight(self, m: int) -> None:
         """W: the weight gradients that I left."""
         self._pending.pop(m).run()
+
+    def graph(self, m: int) -> tuple[list[Tensor], tuple[Tensor, ...], Microbatch]:
+        """What is kept from F to the backward: the graph's ends, its leaves, the micro-batch."""
+        saved = self._saved[m]
+        output, loss = saved.output or (None, None)
+        ends = [*tensors_of(output), *tensors_of(loss)]
+        return ends, tensors_of(saved.inputs), saved.microbatch
 
     def pending_bytes(self, m: int) -> int:
         """Bytes kept from I to W."""
         return self._pending[m].num_bytes()
 
     def held(self) -> list[Tensor]:
-        """What is kept beside autograd's own: operands for W, and inputs."""
-        inputs = [saved.inputs for saved in self._saved.values() if saved.inputs is not None]
-        return inputs + [t for pending in self._pending.values() for t in pending.tensors()]
+        """What is kept beside autograd's own: operands for W, inputs, and moving buffers."""
+        found: list[Tensor] = []
+        for saved in self._saved.values():
+            found += [*tensors_of(saved.inputs), *(saved.buffers or {}).values()]
+        return found + [t for pending in self._pending.values() for t in pending.tensors()]
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """By global name."""
@@ -268,3 +232,40 @@ class StageCompute:
     def reset(self) -> None:
         """Forget the losses of the last step."""
         self.losses.clear()
+
+    def _buffers(self) -> Buffers:
+        """Copies of the buffers that forwards change; of all of them before the first forward."""
+        if self._moving is not None:
+            kept = _all_buffers(self.module) if self._moving else {}
+            return {key: kept[key].clone() for key in self._moving}
+        return {key: buffer.clone() for key, buffer in _all_buffers(self.module).items()}
+
+    def _learn(self, before: Buffers) -> None:
+        """Keep of `before` what this forward changed; the first one shows which buffers move."""
+        if self._moving is None:
+            now = _all_buffers(self.module)
+            self._moving = {key for key, old in before.items() if not torch.equal(now[key], old)}
+            for key in before.keys() - self._moving:
+                del before[key]
+
+
+def _all_buffers(module: nn.Module) -> Buffers:
+    return {
+        (owner, name): buffer
+        for owner in module.modules()
+        for name, buffer in owner._buffers.items()
+        if buffer is not None
+    }
+
+
+@contextmanager
+def _other_buffers(start: Buffers, module: nn.Module) -> Iterator[None]:
+    """Run on copies of the buffers, or on those given in `start`; then put the own ones back."""
+    own = _all_buffers(module)
+    for (owner, name), buffer in own.items():
+        owner._buffers[name] = start.get((owner, name), buffer).clone()
+    try:
+        yield
+    finally:
+        for (owner, name), buffer in own.items():
+            owner._buffers[name] = buffer

@@ -30,6 +30,7 @@ from adaptis.measure.anatomy import (
     silent,
     split_call,
 )
+from adaptis.measure.random import begin_layer
 from adaptis.measure.stage import (
     Microbatch,
     StageModule,
@@ -131,8 +132,7 @@ class _Stage(StageModule):
         self._last_block = len(anatomy.layers) - 2
         self._received: Tensor | None = None
         for index, block in enumerate(blocks_of(model, anatomy.blocks)):
-            if not (start <= 1 and stop == len(anatomy.layers)):
-                block.forward = self._wrap(index + 1, block.forward)
+            block.forward = self._wrap(index + 1, block.forward)
         for name, module in model.named_modules():
             if start > anatomy.owner.get(name, start) == 0:
                 module.forward = silent(module, anatomy.dtype)
@@ -158,9 +158,12 @@ class _Stage(StageModule):
                 raise _CapturedError(hidden)
             if not owned:
                 return pack(self._received if inject_after else hidden, self._anatomy.arity)
+            begin_layer(layer)
             output = forward(self._received if inject_before else hidden, *args, **kwargs)
             if layer == self.stop - 1:
                 raise _CapturedError(output[0] if isinstance(output, tuple) else output)
+            if layer == self._last_block:
+                begin_layer(layer + 1)
             return output
 
         return call

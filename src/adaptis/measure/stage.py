@@ -11,6 +11,7 @@ Shapes: B micro-batch, S sequence, V vocabulary.
 from __future__ import annotations
 
 import hashlib
+import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adaptis.errors import InputError
+from adaptis.measure.random import begin_layer
 from adaptis.model import EMBEDDING, HEAD, Layer
 
 Microbatch = Mapping[str, Tensor]  # {"inputs": ids_BS, "labels": ids_BS}
@@ -36,8 +38,12 @@ class StageModule(nn.Module):
     stop: int
 
     @abstractmethod
-    def forward(self, hidden: Tensor | None, microbatch: Microbatch) -> Tensor:
-        """The stage's output from the previous stage's, which is None only where `start` is 0."""
+    def forward(self, hidden: Any, microbatch: Microbatch) -> Any:
+        """The stage's output from the previous stage's, which is None only where `start` is 0.
+
+        Each is a tensor, or a tuple, list or dict of tensors. `random.begin_layer` is called before
+        each layer, with its number in the chain.
+        """
 
     @abstractmethod
     def global_parameters(self) -> dict[str, nn.Parameter]:
@@ -68,13 +74,37 @@ class TorchModel(Protocol):
         """Layers [start, stop) with initial weights that depend on `seed` but not on the cut."""
         ...
 
-    def loss(self, output: Tensor, microbatch: Microbatch) -> Tensor:
+    def loss(self, output: Any, microbatch: Microbatch) -> Tensor:
         """The loss of the last layer's output, summed over the tokens."""
         ...
 
     def weight(self, microbatch: Microbatch) -> float:
         """Over how many tokens `loss` sums."""
         ...
+
+
+_losses: list[Tensor] | None = None  # where `auxiliary_loss` adds to; None: nobody asks
+
+
+def auxiliary_loss(loss: Tensor) -> None:
+    """Called in a layer's forward: add `loss`, a mean over the micro-batch's tokens, to the loss.
+
+    It counts by the micro-batch's share of the tokens of the step, as the loss itself does, so that
+    neither the cut nor the number of micro-batches matters.
+    """
+    if _losses is not None:
+        _losses.append(loss)
+
+
+@contextmanager
+def collecting_losses() -> Iterator[list[Tensor]]:
+    """What `auxiliary_loss` is given meanwhile."""
+    global _losses  # noqa: PLW0603 - layers are called by others' code, which hands nothing on
+    outer, _losses = _losses, []
+    try:
+        yield _losses
+    finally:
+        _losses = outer
 
 
 def cross_entropy(output: Tensor, microbatch: Microbatch) -> Tensor:
@@ -130,7 +160,9 @@ def shapes(parameters: Mapping[str, Tensor]) -> str:
 class Chain:
     """Any ordered list of modules, or of functions without arguments that make them, as a model.
 
-    The first layer takes `microbatch["inputs"]`, each further one its predecessor's output.
+    The first layer takes `microbatch["inputs"]`, each further one its predecessor's output: a
+    tensor, or a tuple, list or dict of tensors. A layer whose forward has an argument named
+    `microbatch` gets all of it too (masks, positions).
     Functions are called only where their layer is owned (and once on the meta device, to learn the
     shapes), so a chain may be larger than one process's memory. Modules are used as they are:
     building twice gives the same objects.
@@ -194,7 +226,7 @@ class Chain:
         stage = _ChainStage(modules, self._tied)
         return stage if meta else stage.to(device)  # a given module stays real where it is
 
-    def loss(self, output: Tensor, microbatch: Microbatch) -> Tensor:
+    def loss(self, output: Any, microbatch: Microbatch) -> Tensor:
         """The given loss of the last layer's output."""
         return self._loss(output, microbatch)
 
@@ -231,11 +263,15 @@ class _ChainStage(StageModule):
         self.start, self.stop = min(modules), max(modules) + 1
         self._tied = tied
         self.layers = nn.ModuleDict({str(index): module for index, module in modules.items()})
+        self._asking = {
+            index for index, module in modules.items() if "microbatch" in _arguments(module)
+        }
 
-    def forward(self, hidden: Tensor | None, microbatch: Microbatch) -> Tensor:
+    def forward(self, hidden: Any, microbatch: Microbatch) -> Any:
         value = microbatch["inputs"] if hidden is None else hidden
-        for layer in self.layers.values():
-            value = layer(value)
+        for index, layer in enumerate(self.layers.values(), self.start):
+            begin_layer(index)
+            value = layer(value, microbatch=microbatch) if index in self._asking else layer(value)
         return value
 
     def global_parameters(self) -> dict[str, nn.Parameter]:
@@ -255,6 +291,10 @@ class _ChainStage(StageModule):
 
     def layer_parameters(self) -> dict[int, list[nn.Parameter]]:
         return {int(index): list(layer.parameters()) for index, layer in self.layers.items()}
+
+
+def _arguments(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(module.forward).parameters
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:

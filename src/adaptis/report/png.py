@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
-from adaptis.report.scene import CARD, Area, Boxes, Text, make_scene
+from adaptis.report.scene import CARD, Area, Boxes, Scene, Text, make_scene
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -26,7 +26,11 @@ SPELLED = str.maketrans({"−": "-", "–": "-", "—": "-", "×": "x", "µ": "u
 
 def render(timelines: Iterable[Timeline], title: str = "") -> bytes:
     """One PNG file; the first timeline is what the others are compared with."""
-    scene = make_scene(timelines, title)
+    return paint(make_scene(timelines, title))
+
+
+def paint(scene: Scene) -> bytes:
+    """Any scene as one PNG file."""
     picture = Image.new("RGB", (scene.width * SCALE, scene.height * SCALE), CARD)
     brush = ImageDraw.Draw(picture, "RGBA")
     for shape in scene.shapes:

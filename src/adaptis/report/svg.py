@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
-from adaptis.report.scene import Area, Boxes, Shape, Text, make_scene
+from adaptis.report.scene import Area, Boxes, Scene, Shape, Text, make_scene
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -17,7 +17,11 @@ FONT = "-apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 
 def render(timelines: Iterable[Timeline], title: str = "") -> str:
     """One SVG document; the first timeline is what the others are compared with."""
-    scene = make_scene(timelines, title)
+    return paint(make_scene(timelines, title))
+
+
+def paint(scene: Scene) -> str:
+    """Any scene as one SVG document."""
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{scene.width}" height="{scene.height}" '
         f'viewBox="0 0 {scene.width} {scene.height}" role="img" font-family="{FONT}">'

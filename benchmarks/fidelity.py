@@ -1,0 +1,207 @@
+"""How true the predictions are: simulated steps beside executed ones.
+
+    python benchmarks/fidelity.py [--only real|sleeping] [--model NAME] [--steps 8]
+
+1. Real layers, two processes: four models, each under seven schedules, the planner's among them.
+   All train side by side, a step of each in turn, and each layer is timed once more after each
+   round (the machine's speed drifts), so that prediction and measurement have the same weather.
+   The losses must be those of plain training. Memory: the peak of each device as predicted, beside
+   what was counted in one more step.
+2. Layers that sleep for their given time, four and eight processes: what is left is the order,
+   the waiting and the transfers. The profile is what was given, plus what a sleep takes too long;
+   that and the time of a message are measured beside the run, without it.
+
+Errors are predicted / measured - 1, of the median step. Prints tables, writes
+`benchmarks/results/fidelity-DATE.json` and the scatter plots `fidelity-DATE.svg` and `.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import time
+from pathlib import Path
+from statistics import fmean, median
+from typing import TYPE_CHECKING, Any
+
+from running.figure import scatter
+from running.models import attention_chain, random_tokens, uneven_chain
+from running.sleeping import predict, sleeping_profile, sleeping_rank
+
+from adaptis.cluster import Cluster, cluster_from_json, uniform
+from adaptis.console import table
+from adaptis.execute.contest import Contest, contest_rank
+from adaptis.execute.data import TextBatches
+from adaptis.execute.launch import launch
+from adaptis.execute.train import adamw
+from adaptis.files import write_bytes, write_json, write_text
+from adaptis.measure.zoo import load_preset, read_preset
+from adaptis.plan import plan_from_json, plan_to_json
+from adaptis.profile import Profile, profile_from_json
+from adaptis.report import png, svg
+from adaptis.search import BASELINES, Stop, search
+from adaptis.simulate import simulate_plan
+from adaptis.timeline import timeline_from_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from adaptis.measure.stage import Microbatch, TorchModel
+    from adaptis.plan import Plan
+
+HERE = Path(__file__).parent
+MICROBATCHES, WARMUP = 8, 2
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "1f1b-uneven")
+CHAINS = {"attention": attention_chain, "uneven": uneven_chain}
+MODELS = ("demo-hybrid", "demo-large-vocabulary", *CHAINS)
+
+
+def plans_of(profile: Profile, cluster: Cluster, microbatches: int, seconds: float) -> list[Plan]:
+    """The schedules, and what the planner finds."""
+    plans = [BASELINES[name](profile, cluster, microbatches) for name in SCHEDULES]
+    return [*plans, search(profile, cluster, microbatches, Stop(seconds=seconds)).plan]
+
+
+def contestants(profile: Profile, cluster: Cluster, say: Callable[..., None]) -> list[Plan]:
+    """The same, as a contest asks for them."""
+    return plans_of(profile, cluster, MICROBATCHES, seconds=3.0)
+
+
+def model_of(name: str) -> TorchModel:
+    return CHAINS[name]() if name in CHAINS else load_preset(name)
+
+
+def batches_of(name: str) -> Callable[[int], Sequence[Microbatch]]:
+    if name in CHAINS:
+        return functools.partial(random_tokens, count=MICROBATCHES)
+    recipe = read_preset(name)
+    return TextBatches(
+        MICROBATCHES, recipe.batch_size, recipe.sequence, recipe.tokenizer, recipe.vocabulary
+    )
+
+
+def study_real(name: str, steps: int) -> list[dict[str, Any]]:
+    """One model under all schedules, in two processes."""
+    contest = Contest(
+        model=functools.partial(model_of, name),
+        batches=batches_of(name),
+        optimizer=adamw(),
+        plans=contestants,
+        steps=WARMUP + steps,
+        num_microbatches=MICROBATCHES,
+        warmup=WARMUP,
+    )
+    result = launch(contest_rank, 2, contest)[0]
+    profile = profile_from_json(result["profile_during_race"])
+    cluster = cluster_from_json(result["cluster"])
+    rows = []
+    for value, found in zip(result["plans"], result["contestants"], strict=True):
+        pairs = zip(found["losses"], result["reference_losses"], strict=True)
+        assert all(math.isclose(*pair, rel_tol=1e-4) for pair in pairs), "not plain training's loss"
+        predicted = simulate_plan(plan_from_json(value), profile, cluster)
+        counted = timeline_from_json(found["timeline"]).peak_bytes
+        both = zip(predicted.peak_bytes, counted, strict=True)
+        row = judged(name, found["name"], predicted.step, median(found["step_seconds"]))
+        row["predicted_peak_bytes"], row["counted_peak_bytes"] = [*predicted.peak_bytes], [*counted]
+        row["peak_error"] = max((p / m - 1 for p, m in both), key=abs)
+        rows.append(row)
+    return rows
+
+
+def study_sleeping(size: int, steps: int) -> list[dict[str, Any]]:
+    """All schedules on `size` processes whose layers sleep."""
+    scale = size / 4  # more processes share the same cores: what is not sleep must stay small
+    given = sleeping_profile(size, scale)
+    plans = plans_of(given, uniform(size), 2 * size, seconds=2.0)
+    values = [plan_to_json(plan) for plan in plans]
+    texts = [json.dumps(value) for value in values]
+    found = launch(sleeping_rank, size, texts, scale, steps)[0]
+    return [
+        judged(
+            f"sleeping, {size} processes",
+            plan.schedule,
+            predict(given, value, each),
+            each["measured_seconds"],
+        )
+        | each
+        for plan, value, each in zip(plans, values, found, strict=True)
+    ]
+
+
+def judged(model: str, schedule: str, predicted: float, measured: float) -> dict[str, Any]:
+    return {
+        "model": model,
+        "schedule": schedule,
+        "predicted_seconds": predicted,
+        "measured_seconds": measured,
+        "error": predicted / measured - 1,
+    }
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    def peak(row: dict[str, Any], name: str) -> str:
+        return " ".join(f"{size / 2**20:.1f}" for size in row.get(name, ()))
+
+    table(
+        rows[0]["model"],
+        ("schedule", "predicted", "measured", "error", "peaks, MiB", "counted", "error"),
+        [
+            (
+                row["schedule"],
+                f"{row['predicted_seconds'] * 1e3:.1f} ms",
+                f"{row['measured_seconds'] * 1e3:.1f} ms",
+                f"{row['error']:+.1%}",
+                peak(row, "predicted_peak_bytes"),
+                peak(row, "counted_peak_bytes"),
+                f"{row['peak_error']:+.1%}" if "peak_error" in row else "",
+            )
+            for row in rows
+        ],
+    )
+
+
+def summary(rows: Sequence[dict[str, Any]], key: str) -> dict[str, float]:
+    """The mean and the worst of the absolute errors."""
+    errors = [abs(row[key]) for row in rows if key in row]
+    return {"cases": len(errors), "mean": fmean(errors), "worst": max(errors)} if errors else {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=("real", "sleeping"))
+    parser.add_argument("--model", choices=MODELS, help="only this one of the real models")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps of each plan")
+    arguments = parser.parse_args()
+    real: list[dict[str, Any]] = []
+    sleeping: list[dict[str, Any]] = []
+    if arguments.only != "sleeping":
+        for name in [arguments.model] if arguments.model else MODELS:
+            rows = study_real(name, arguments.steps)
+            real += rows
+            show(rows)
+    if arguments.only != "real":
+        for size in (4, 8):
+            rows = study_sleeping(size, max(3, arguments.steps // 2))
+            sleeping += rows
+            show(rows)
+    figures = {
+        "real": summary(real, "error"),
+        "peak_memory": summary(real, "peak_error"),
+        "sleeping": summary(sleeping, "error"),
+    }
+    for name, found in figures.items():
+        if found:
+            mean, worst = found["mean"], found["worst"]
+            print(f"{name}: {found['cases']} cases, mean {mean:.2%}, worst {worst:.2%}")
+    output = HERE / "results" / f"fidelity-{time.strftime('%Y-%m-%d')}.json"
+    write_json(output, {"summary": figures, "rows": real + sleeping})
+    scene = scatter(real + sleeping, "Training steps: predicted against measured")
+    write_text(output.with_suffix(".svg"), svg.paint(scene))
+    write_bytes(output.with_suffix(".png"), png.paint(scene))
+    print(f"written to {output}, and .svg and .png beside it")
+
+
+if __name__ == "__main__":
+    main()

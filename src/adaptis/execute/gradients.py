@@ -1,0 +1,173 @@
+"""What the ranks settle between the last backward and the optimizer: shared gradients, the norm.
+
+A parameter that several ranks hold whole (tied embedding and head, copies of a stage) gets the sum
+of their gradients, in the order of the ranks. Of a weight that is tied to a sharded head, some rank
+holds all rows and each other rank the head's rows: theirs are added at the first whole holder,
+which gives each of them the sums for its rows. After that everybody who holds a value updates it
+alike, as long as the optimizer treats each element by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor, nn
+
+    from adaptis.execute.head import Rows
+    from adaptis.execute.world import World
+
+_TAG = 1 << 30  # above every tag of the transport
+
+
+class _Piece(NamedTuple):
+    """Rows of a weight that is whole on `owner`; they are on `holder`."""
+
+    owner: int
+    holder: int
+    name: str  # of the whole
+    key: str  # of the rows
+    start: int
+    stop: int
+
+
+class Gradients:
+    """The gradients of one rank, among those of the others."""
+
+    def __init__(
+        self, world: World, parameters: Mapping[str, nn.Parameter], rows: Mapping[str, Rows]
+    ) -> None:
+        """Find out who holds what; every rank calls this.
+
+        Args:
+            world: the ranks.
+            parameters: of this rank, those named in `rows` among them.
+            rows: those parameters that are a part of another one.
+        """
+        self._world = world
+        self._parameters = {n: p for n, p in parameters.items() if p.requires_grad}
+        mine = {
+            "whole": [name for name in self._parameters if name not in rows],
+            "rows": [
+                [k, r.name, r.start, r.stop] for k, r in rows.items() if k in self._parameters
+            ],
+        }
+        found = [json.loads(text) for text in world.gather(json.dumps(mine))]
+        holders: dict[str, list[int]] = {}
+        for rank, entry in enumerate(found):
+            for name in entry["whole"]:
+                holders.setdefault(name, []).append(rank)
+        self._pieces = [
+            _Piece(holders[name][0], rank, name, key, start, stop)
+            for rank, entry in enumerate(found)
+            for key, name, start, stop in entry["rows"]
+            if name in holders
+        ]
+        self.shared = [(name, ranks) for name, ranks in holders.items() if len(ranks) > 1]
+        elsewhere = {name for name, ranks in self.shared if ranks[0] != world.rank}
+        elsewhere |= {piece.key for piece in self._pieces}
+        self._counted = [p for name, p in self._parameters.items() if name not in elsewhere]
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Sum what several ranks hold."""
+        self._world.progress.waits()
+        self._collect_pieces()
+        self._sum_shared()
+        self._hand_out_pieces()
+        self._world.progress.resumes()
+
+    @torch.no_grad()
+    def clip(self, max_norm: float) -> float:
+        """Scale all gradients so that their norm is at most `max_norm`; the norm before.
+
+        What several ranks hold counts once.
+        """
+        norms = [torch.linalg.vector_norm(p.grad) for p in self._counted if p.grad is not None]
+        squares = float(torch.stack(norms).double().square().sum()) if norms else 0.0
+        norm = math.sqrt(self._world.sum(squares))
+        scale = max_norm / (norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_
+        if not scale >= 1.0:
+            for parameter in self._parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(scale)
+        return norm
+
+    def _collect_pieces(self) -> None:
+        works, arrived = [], []
+        for index, piece in enumerate(self._pieces):
+            tag = _TAG + index
+            if self._world.rank == piece.holder:
+                works.append(
+                    dist.isend(_gradient(self._parameters[piece.key]), piece.owner, tag=tag)
+                )
+            elif self._world.rank == piece.owner:
+                whole = _gradient(self._parameters[piece.name])
+                buffer = torch.empty_like(whole[piece.start : piece.stop])
+                arrived.append((piece, buffer, dist.irecv(buffer, piece.holder, tag=tag)))
+        for piece, buffer, work in arrived:
+            _wait(work)
+            _gradient(self._parameters[piece.name])[piece.start : piece.stop] += buffer
+        for work in works:
+            _wait(work)
+
+    def _hand_out_pieces(self) -> None:
+        works = []
+        for index, piece in enumerate(self._pieces):
+            tag = _TAG + index
+            if self._world.rank == piece.owner:
+                rows = _gradient(self._parameters[piece.name])[piece.start : piece.stop]
+                works.append((dist.isend(rows, piece.holder, tag=tag), rows))
+            elif self._world.rank == piece.holder:
+                rows = _gradient(self._parameters[piece.key])
+                works.append((dist.irecv(rows, piece.owner, tag=tag), rows))
+        for work, _ in works:
+            _wait(work)
+
+    def _sum_shared(self) -> None:
+        """All at once on the wire; each sum in the order of the ranks."""
+        sends, arriving = [], []
+        for index, (name, holders) in enumerate(self.shared):
+            if self._world.rank not in holders:
+                continue
+            own, tag = _gradient(self._parameters[name]), _TAG + len(self._pieces) + index
+            terms: list[tuple[Tensor, Any]] = []
+            for rank in holders:
+                if rank == self._world.rank:
+                    terms.append((own, None))
+                else:
+                    sends.append(dist.isend(own, rank, tag=tag))
+                    other = torch.empty_like(own)
+                    terms.append((other, dist.irecv(other, rank, tag=tag)))
+            arriving.append((self._parameters[name], terms))
+        totals = []
+        for parameter, terms in arriving:
+            for _, work in terms:
+                _wait(work)
+            total = terms[0][0].clone()
+            for term, _ in terms[1:]:
+                total += term
+            totals.append((parameter, total))
+        for work in sends:
+            _wait(work)
+        for parameter, total in totals:
+            parameter.grad = total
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    """The gradient; zeros where no micro-batch has left one."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _wait(work: Any) -> None:
+    if work is not None:
+        work.wait()
