@@ -137,6 +137,6 @@ def test_concepts_explain_every_operation_and_cause():
 def test_the_readme_names_every_verb_and_counts_the_schedules():
     text = (ROOT / "README.md").read_text("utf-8")
     block = text.split("## The command line")[1].split("##")[0]
-    named = set(re.findall(r"^    adaptis (\w+) ", block, re.MULTILINE))
+    named = set(re.findall(r"^    adaptis ([\w-]+) ", block, re.MULTILINE))
     assert named | {"demo"} == set(get_command(app).commands)
     assert f"{len(SCHEDULES)} named schedules" in text
