@@ -9,7 +9,7 @@ It knows nothing of schedules, devices or processes.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -143,10 +143,10 @@ class StageCompute:
             loss = extra if loss is None else loss + extra
         return None if self._last else pack(value), loss
 
-    def _casting(self) -> torch.autocast:
-        return torch.autocast(
-            self._device.type, dtype=self._autocast, enabled=self._autocast is not None
-        )
+    def _casting(self) -> AbstractContextManager[Any]:
+        if self._autocast is None:  # torch's own context costs as much as a small layer
+            return nullcontext()
+        return torch.autocast(self._device.type, dtype=self._autocast)
 
     def recompute(self, m: int) -> None:
         """R: what F would have kept, from the kept input and the same random numbers."""
