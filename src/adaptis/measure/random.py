@@ -20,6 +20,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+_ODD = 0x9E3779B97F4A7C15  # 2 ** 64 over the golden ratio: multiples of it lie far apart
 _begin: Callable[[int], None] | None = None
 
 
@@ -41,9 +42,11 @@ def drawing(
         generators.append(torch.cuda.default_generators[index])
     states = [generator.get_state() for generator in generators]
 
+    start = struct.pack("<3q", seed, step, microbatch)
+    base = int.from_bytes(hashlib.blake2b(start, digest_size=7).digest(), "little")
+
     def begin(number: int) -> None:
-        start = struct.pack("<4q", seed, step, number, microbatch)
-        value = int.from_bytes(hashlib.blake2b(start, digest_size=7).digest(), "little")
+        value = (base + number * _ODD) % (1 << 56)  # another for each layer, without another hash
         for generator in generators:
             generator.manual_seed(value)
 
