@@ -33,6 +33,8 @@ from adaptis.schedules import SCHEDULES
 from adaptis.schedules.shape import Shape
 from adaptis.timeline import timeline_from_json
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def random_case(seed, devices):
     """A random plan without slices and replicas, and a random model for it."""
@@ -146,14 +148,6 @@ def split_name(name):
 def trained(request):
     named = cases(request.param)
     return named, launch(tiny_ops.rank_of, request.param, named)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_every_instruction_trains_as_one_process(trained):

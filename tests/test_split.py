@@ -9,16 +9,9 @@ from torch.utils.checkpoint import checkpoint
 from adaptis.measure.compute import StageCompute
 from adaptis.measure.stage import Chain
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 WIDTH = 8
 BATCH = {"inputs": torch.zeros(0), "labels": torch.zeros(1, dtype=torch.long)}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Function(nn.Module):

@@ -38,8 +38,9 @@ class Reference:
         for m, microbatch in enumerate(batch):
             with drawing(self._seed, self._steps, 0, m, device), collecting_losses() as terms:
                 loss = self._model.loss(self._run(microbatch), microbatch) * weight
-            for term in terms:  # by its share of the tokens
-                loss = loss + term * self._model.weight(microbatch) * weight
+            if terms:  # by their share of the tokens, as a stage adds them
+                share = self._model.weight(microbatch) * weight
+                loss = loss + sum(terms[1:], terms[0]) * share
             loss.backward()
             total += float(loss.detach())
         self._steps += 1

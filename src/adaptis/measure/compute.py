@@ -127,7 +127,7 @@ class StageCompute:
             return self._run(saved)
 
     def _run(self, saved: _Saved) -> Result:
-        inputs = None if saved.inputs is None else unpack(saved.inputs)
+        inputs = None if saved.inputs is None else unpack(self._entered(saved.inputs))
         place = (saved.step, self.module.start, saved.number)
         with (
             drawing(self._seed, *place, self._device),
@@ -142,6 +142,16 @@ class StageCompute:
             extra = sum(terms[1:], terms[0]) * share
             loss = extra if loss is None else loss + extra
         return None if self._last else pack(value), loss
+
+    def _entered(self, inputs: Value) -> Value:
+        """The inputs for the layers: not as leaves where autocast is on.
+
+        It casts a leaf once for all uses and so adds up their gradients in the lower precision,
+        which it does not do with the same value inside a larger stage.
+        """
+        if self._autocast is None:
+            return inputs
+        return replaced(inputs, [t.view_as(t) for t in tensors_of(inputs)])
 
     def _casting(self) -> AbstractContextManager[Any]:
         if self._autocast is None:  # torch's own context costs as much as a small layer
