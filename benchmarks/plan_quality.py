@@ -3,16 +3,15 @@
     python benchmarks/plan_quality.py [--full] [--only cells] [--seconds 10] [--total SECONDS]
 
 Plans the 18 cells of the first AdaPtis paper and models of eight families for 2 to 64 devices,
-with free and priced transfers, loose and tight memory, equal and unequal devices. Results are kept
-while the sources that they depend on stay as they are, so that the study goes on where it was
-stopped; several processes share the work. Prints a line a case, tables, and writes
-`benchmarks/results/plan-quality-DATE.json` with a figure beside it.
+with the head whole and sharded where that pays, with free and priced transfers, loose and tight
+memory, equal and unequal devices. Results are kept while the sources that they depend on stay as
+they are, so that the study goes on where it was stopped; several processes share the work. Prints a
+line a case, tables, and writes `benchmarks/results/plan-quality-DATE.json` with a figure beside it.
 """
 
 from __future__ import annotations
 
 import argparse
-import inspect
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,7 +38,12 @@ RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs"
 MARK = "<!-- results: written by benchmarks/plan_quality.py --document -->\n"
 MODEL = (
-    "src/adaptis/[bcklprs]*.py",  # bounds, costs, kernels, lower, plan, program, rows, simulate ...
+    "src/adaptis/[bkp]*.py",  # bounds, kernels, packing, plan, profile, program
+    "src/adaptis/cluster.py",
+    "src/adaptis/costs.py",
+    "src/adaptis/lower.py",
+    "src/adaptis/rows.py",
+    "src/adaptis/simulate.py",
     "benchmarks/quality/models.py",
     "benchmarks/quality/cases.py",
 )
@@ -50,7 +54,6 @@ SOURCES = {
     "sharded": (*MODEL, "src/adaptis/search/*.py", "src/adaptis/schedules/*.py"),
 }
 FIGURE = "![gap against devices, time against size](plan-quality.svg)"
-SHARDS_HEAD = "shard_head" in inspect.signature(search).parameters
 SLOW_BASELINES = ("zb-auto", "v-search")  # plain Python: left out beyond this many computations
 SLOW_FROM = 4_000
 
@@ -91,11 +94,10 @@ def published(case: Case, seconds: float) -> dict[str, Any]:
 def ours(case: Case, seconds: float, shard_head: str) -> dict[str, Any]:
     """What `search` finds, and when it came within 1 % of that."""
     warm_up()
-    options: dict[str, Any] = {"shard_head": shard_head} if SHARDS_HEAD else {}
     stop = Stop(seconds=seconds)
     began = time.perf_counter()
     try:
-        result = search(case.profile, case.cluster, case.microbatches, stop, **options)
+        result = search(case.profile, case.cluster, case.microbatches, stop, shard_head=shard_head)
     except Error as error:
         used = time.perf_counter() - began
         return {"step": None, "seconds": used, "error": f"{type(error).__name__}: {error}"}
@@ -123,12 +125,6 @@ WORK = {
 }
 
 
-def parts(case: Case) -> list[str]:
-    """What is to be done for a case: the sharded head is looked at in the cells."""
-    sharded = SHARDS_HEAD and case.group == "cells"
-    return ["baselines", "published", "whole", *(["sharded"] if sharded else [])]
-
-
 def key(case: Case, part: str, seconds: float) -> str:
     """The name under which one part of a case is kept."""
     return f"{case.name}/{part}-{seconds:g}s-{digest(*SOURCES[part])}"
@@ -136,10 +132,9 @@ def key(case: Case, part: str, seconds: float) -> str:
 
 def row(case: Case, seconds: float) -> dict[str, Any]:
     """All figures of one case, made now or kept."""
-    given = case.seconds(seconds)
     found = {
-        part: kept(key(case, part, given), lambda part=part: WORK[part](case, given))
-        for part in parts(case)
+        part: kept(key(case, part, seconds), lambda part=part: WORK[part](case, seconds))
+        for part in WORK
     }
     steps = found["baselines"]["steps"]
     best = min(steps, key=lambda name: steps[name]) if steps else None
@@ -154,7 +149,7 @@ def row(case: Case, seconds: float) -> dict[str, Any]:
         "priced": case.priced,
         "tight": case.tight,
         "unequal": case.unequal,
-        "given_seconds": given,
+        "given_seconds": seconds,
         "bound": bound.value,
         "binding": bound.binding.name,
         "measured": case.measured,
@@ -166,8 +161,7 @@ def row(case: Case, seconds: float) -> dict[str, Any]:
 
 
 def is_done(case: Case, seconds: float) -> bool:
-    given = case.seconds(seconds)
-    return all(path_of(key(case, part, given)).exists() for part in parts(case))
+    return all(path_of(key(case, part, seconds)).exists() for part in WORK)
 
 
 def run(cases: list[Case], seconds: float, total: float) -> list[dict[str, Any]]:

@@ -24,7 +24,6 @@ WITHIN = Link(latency=3e-6, bandwidth=450e9)  # NVLink 4, one direction
 BETWEEN = Link(latency=8e-6, bandwidth=50e9)  # one 400 Gb/s adapter a device
 TIGHT = 1.15  # times the largest peak of "1f1b-uneven" made without a limit
 SLOW = 0.7  # the speed of the second half of the devices, where they are unequal
-FULL_TIME = 1500  # computations from which a case gets all the time
 
 # What the first paper measured: throughput over interleaved 1F1B with one layer a chunk.
 MEASURED = {
@@ -57,11 +56,6 @@ class Case:
     def computations(self) -> int:
         """How many a plan of one split stage per device has."""
         return 3 * self.devices * self.microbatches
-
-    def seconds(self, most: float) -> float:
-        """How long each search may take: less for a small case, but all of it in the cells."""
-        share = min(max(self.computations / FULL_TIME, 0.3), 1.0)
-        return most if self.group == "cells" else most * share
 
     @property
     def profile(self) -> Profile:

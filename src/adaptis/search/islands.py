@@ -31,7 +31,7 @@ ROWS_A_RUN = 6_000_000  # computations simulated in a first run: two seconds
 BIG = 1_000  # stage-micro-batches from which on a start must be good: the first run is a warm one
 # Temperatures at the beginning and the end of a run, shares of the step: anew in turns, or from
 # the best so far. Many runs of moderate length beat one long one.
-HEATS, WARM = ((0.012, 0.001), (0.006, 0.0003)), (0.003, 0.0003)
+HEATS, WARM = ((0.006, 0.0003), (0.003, 0.0001)), (0.003, 0.0003)
 DEALT = 2  # deals of each kind before a run begins
 SQUEEZED = 500  # trials of a run while nothing fits: many shapes, each order squeezed
 POLISH = (0.001, 0.00002)
