@@ -180,6 +180,8 @@ def alone(model, optimizer=None, *, cut=None, steps=0):
         parameters=parameters,
         buffers=stage.global_buffers(),
         optimizer=made,
+        schedule=None,
+        mesh=SimpleNamespace(refuse_parts=lambda: None, data=SimpleNamespace(rank=0)),
     )
 
 
@@ -222,6 +224,7 @@ def test_training_goes_on_bitwise_with_other_cuts_schedules_and_numbers_of_ranks
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("optimizer", ["SGD", "Adagrad", "RMSprop", "Adam", "Rprop"])
 def test_the_state_of_any_optimizer_goes_on(optimizer, tmp_path):
     made = functools.partial(getattr(torch.optim, optimizer), lr=0.01)

@@ -92,7 +92,14 @@ def session(world, step):
         optimizer.state[parameter] = {"momentum_buffer": torch.full((40,), float(step))}
     model = SimpleNamespace(name="toy")
     return SimpleNamespace(
-        world=world, model=model, steps=step, parameters=parameters, buffers={}, optimizer=optimizer
+        world=world,
+        model=model,
+        steps=step,
+        parameters=parameters,
+        buffers={},
+        optimizer=optimizer,
+        schedule=None,
+        mesh=SimpleNamespace(refuse_parts=lambda: None, data=SimpleNamespace(rank=0)),
     )
 
 
@@ -208,7 +215,7 @@ def test_a_save_killed_at_some_calls_leaves_a_whole_checkpoint(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(700)
 def test_a_save_killed_at_every_call_leaves_a_whole_checkpoint(tmp_path):
-    check_sweep(swept(tmp_path, 1), 200)
+    check_sweep(swept(tmp_path, 1), 150)
 
 
 if __name__ == "__main__":

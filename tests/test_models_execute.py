@@ -1,94 +1,40 @@
-"""Chains with all that models do, cut, split and recomputed in one process, against plain training.
+"""Chains with all that models do, against plain training in one process.
 
-The instructions of `StageCompute` are called by hand; what crosses a cut is copied.
+First cut, split and recomputed in this process: the instructions of `StageCompute` are called by
+hand, what crosses a cut is copied. Then as random draws of model, plan and options in real ones.
 """
 
 from itertools import pairwise
 
 import numpy as np
 import pytest
+import random_training
 import torch
+from random_training import (
+    LENGTH,
+    SEED,
+    VOCABULARY,
+    WIDTH,
+    Convolved,
+    Counted,
+    Experts,
+    Joined,
+    Mixed,
+    Plain,
+    loss,
+)
 from torch import nn
-from torch.nn import functional
 
 from adaptis.errors import InputError
+from adaptis.execute.launch import launch
+from adaptis.execute.reference import Reference
 from adaptis.measure.compute import StageCompute
 from adaptis.measure.random import drawing
-from adaptis.measure.stage import Chain, auxiliary_loss, collecting_losses
+from adaptis.measure.stage import Chain, collecting_losses
 from adaptis.measure.values import pack, replaced, tensors_of, unpack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-WIDTH, VOCABULARY, LENGTH = 8, 16, 6
-SEED, STEP = 7, 3
-
-
-class Mixed(nn.Module):
-    """Hands a dict on: a hidden state, a running sum, the tokens and a mask without gradients."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(WIDTH, WIDTH)
-        self.dropout = nn.Dropout(0.3)
-
-    def forward(self, x, microbatch):
-        if isinstance(x, torch.Tensor):
-            x = {"hidden": x, "more": (x * 0.5, None, microbatch["inputs"])}
-        hidden, (total, _, tokens) = x["hidden"], x["more"]
-        mask = (tokens % 3 > 0).unsqueeze(-1)
-        new = hidden + self.dropout(torch.tanh(self.linear(hidden))) * mask
-        return {"hidden": new, "more": (total + new * 0.1, None, tokens)}
-
-
-class Joined(nn.Module):
-    def forward(self, x):
-        return x if isinstance(x, torch.Tensor) else x["hidden"] + x["more"][0]
-
-
-class Experts(nn.Module):
-    """Two experts by a router that has a loss of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.router = nn.Parameter(torch.randn(2, WIDTH) / 3)
-        self.experts = nn.Parameter(torch.randn(2, WIDTH, WIDTH) / 3)
-
-    def forward(self, x):
-        chances = functional.linear(x, self.router).softmax(-1)
-        auxiliary_loss(0.1 * chances.mean((0, 1)).square().sum())
-        parts = [functional.linear(x, self.experts[i]) * chances[..., i : i + 1] for i in range(2)]
-        return x + parts[0] + parts[1]
-
-
-class Counted(nn.Module):
-    """Reads and moves a buffer: a running mean that the output depends on."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(WIDTH))
-        self.norm = nn.BatchNorm1d(WIDTH)
-
-    def forward(self, x):
-        if self.training:
-            self.mean.mul_(0.9).add_(x.detach().mean((0, 1)), alpha=0.1)
-        return self.norm((x - self.mean).transpose(1, 2)).transpose(1, 2)
-
-
-class Plain(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 12), nn.Linear(12, WIDTH, bias=False)
-
-    def forward(self, x):
-        return x + functional.dropout(self.down(torch.tanh(self.up(x))), 0.2, self.training)
-
-
-class Convolved(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
-
-    def forward(self, x):
-        return x + torch.tanh(self.layer(x.transpose(1, 2))).transpose(1, 2)
+STEP = 3
 
 
 KINDS = {
@@ -125,11 +71,6 @@ def draw(number):
     tied = {(last, "weight"): (0, "weight")} if rng.random() < 0.5 else None
     cuts = sorted(rng.choice(range(1, last + 1), int(rng.integers(1, 4)), replace=False).tolist())
     return Chain(makers, tied=tied, loss=loss), microbatches(rng), [0, *cuts, last + 1], rng
-
-
-def loss(output, microbatch):
-    labels = microbatch["labels"].reshape(-1)
-    return functional.cross_entropy(output.reshape(-1, VOCABULARY), labels, reduction="sum")
 
 
 def microbatches(rng):
@@ -234,6 +175,58 @@ def test_any_chain_trains_as_in_one_piece(number):
 def test_many_chains_train_as_in_one_piece(start):
     for number in range(start, start + 100):
         check(number)
+
+
+def train_drawn(numbers, devices):
+    """Every draw in one start of the processes; those that differ from one process, and by what."""
+    wrong = []
+    ranks = launch(random_training.rank_of, devices, numbers, devices)
+    for number, parts in zip(numbers, zip(*ranks, strict=True), strict=True):
+        case = random_training.draw(number, devices)
+        losses, whole = plain_draw(case)
+        tolerance = 1e-12
+        if case.options["autocast"]:
+            tolerance = 1e-2 if case.plan.head_reductions else 1e-5
+        for rank, (found, state) in enumerate(parts):
+            problems = [] if np.allclose(found, losses, tolerance, 0) else [f"{found} {losses}"]
+            for name, value in state.items():
+                expected = rows_of(whole, name)
+                if not np.allclose(value, expected, tolerance, tolerance):
+                    problems.append(f"{name} by {np.abs(value - expected).max():.3g}")
+            if problems:
+                wrong.append((number, devices, rank, problems))
+    return wrong
+
+
+def plain_draw(case):
+    plain = Reference(case.make(), optimizer=random_training.sgd, seed=SEED, **case.options)
+    losses = []
+    for step in range(case.steps):
+        losses.append(plain.step(random_training.batch_of(case, step)))
+        losses.append(plain.evaluate(random_training.batch_of(case, step + 1)))
+    state = {**plain.module.global_parameters(), **plain.module.global_buffers()}
+    return losses, {name: tensor.detach().numpy() for name, tensor in state.items()}
+
+
+def rows_of(whole, name):
+    """The parameter `name`, or those rows of one that it stands for."""
+    if not name.endswith("]"):
+        return whole[name]
+    name, _, place = name.rpartition("[")
+    return whole[name][slice(*map(int, place[:-1].split(":")))]
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("devices", [2, 3])
+def test_any_model_under_any_plan_with_any_options_trains_as_in_one_process(devices):
+    assert train_drawn(range(55), devices) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("start", range(100, 2100, 100))
+def test_two_thousand_draws_train_as_in_one_process(start):
+    assert train_drawn(range(start, start + 100), 1 + start // 100 % 4) == []
 
 
 def test_under_autocast_an_input_used_several_times_gets_the_gradient_of_one_piece():

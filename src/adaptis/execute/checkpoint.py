@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adaptis.errors import InputError
+from adaptis.execute import learning
+from adaptis.execute.rows import Index, assemble, part_of, value_of
 from adaptis.execute.storage import (
     Checkpoint,
-    Slice,
     candidates,
     newest,
     nothing,
@@ -62,7 +63,11 @@ class Saver:
             seed: of the run, to be kept with it.
             background: write while training goes on, from a copy of the state, which needs that
                 much memory; otherwise training waits and nothing is copied.
+
+        Raises:
+            PlanError: parameters lie in parts on several replicas or along "tp".
         """
+        session.mesh.refuse_parts()
         self._session, self._folder, self._seed = session, folder, seed
         self._background = background
         self._part: Future[str] | None = None  # of this rank, of the save on its way; JSON
@@ -74,10 +79,14 @@ class Saver:
     def start(self) -> None:
         """Save the state after the session's last step; waits for the save before it.
 
+        Replicas hold the same: the first one saves.
+
         Raises:
             InputError: that one failed, or the folder cannot be written.
         """
         self.finish()
+        if self._session.mesh.data.rank:
+            return
         world, self._step = self._session.world, self._session.steps
         self._temporary = self._folder / f".step-{self._step:06d}.tmp"
         self._files = []
@@ -188,17 +197,19 @@ def _owned(session: Session, *, copy: bool) -> tuple[dict[str, Tensor], dict[str
     owners = _owners(session)
     tensors = {f"param/{n}": p.detach() for n, p in session.parameters.items()}
     tensors |= {f"buffer/{n}": b for n, b in session.buffers.items()}
-    tensors = {key: tensor for key, tensor in tensors.items() if owners[key] == mine}
+    tensors = {key: tensor for key, tensor in tensors.items() if owners.get(key) == mine}
     tensors[f"random/{mine}"] = torch.get_rng_state()
     values: dict[str, Any] = {}
     names = {id(p): name for name, p in session.parameters.items()}
     states = session.optimizer.state if session.optimizer is not None else {}
     for parameter, state in states.items():
         name = names[id(parameter)]
-        if owners[f"param/{name}"] == mine:
+        if owners.get(f"param/{name}") == mine:
             for key, value in state.items():
                 kept = tensors if isinstance(value, torch.Tensor) else values
                 kept[f"optimizer/{name}/{key}"] = value
+    if session.optimizer is not None:
+        values |= learning.kept(session)
     kind = "" if session.optimizer is None else type(session.optimizer).__name__
     ready = {key: tensor.contiguous().to("cpu", copy=copy) for key, tensor in tensors.items()}
     return ready, {"values": values, "optimizer": kind}
@@ -212,7 +223,13 @@ def _owners(session: Session) -> dict[str, int]:
     for rank, text in enumerate(session.world.gather(json.dumps(own))):
         for name in json.loads(text):
             owners.setdefault(name, rank)
-    return owners
+    # Rows of what some rank holds whole, tied to a sharded head, are saved with it.
+    return {name: rank for name, rank in owners.items() if not _is_held(name, owners)}
+
+
+def _is_held(name: str, owners: dict[str, int]) -> bool:
+    whole = part_of(name).whole
+    return whole != name and whole in owners
 
 
 def resume(session: Session, folder: Path) -> tuple[Checkpoint, list[str]]:
@@ -248,25 +265,32 @@ def load(session: Session, path: Path) -> Checkpoint:
 
     Raises:
         InputError: that is damaged, or of another model; the session is then not to be used.
+        PlanError: parameters lie in parts on several replicas or along "tp".
     """
+    session.mesh.refuse_parts()
     names = _owners(session)
     found = Checkpoint(path)
     _same_model(session, found, names)
     with torch.no_grad():
-        for kind, targets in (("param", session.parameters), ("buffer", session.buffers)):
-            for name, target in targets.items():
-                _copy(target, found.tensors[f"{kind}/{name}"], name)
-    _load_optimizer(session, found)
+        index = Index(name for name, _ in found.named("param"))
+        for name, target in session.parameters.items():
+            pieces = [(found.tensors[f"param/{key}"], a, b) for key, a, b in index.sources(name)]
+            _copy(target, assemble(pieces, name), name, found.path)
+        for name, target in session.buffers.items():
+            _copy(target, found.tensors[f"buffer/{name}"].read(), name, found.path)
+    _load_optimizer(session, found, index)
     _load_random(session.world, found)
     session.steps = found.step
     return found
 
 
 def _same_model(session: Session, found: Checkpoint, names: dict[str, int]) -> None:
-    there = {name for name in found.tensors if name.startswith(("param/", "buffer/"))}
+    saved = (name for name in found.tensors if name.startswith(("param/", "buffer/")))
+    there = {part_of(name).whole for name in saved}
+    here = {part_of(name).whole for name in names}
     for lacking, holder, other in (
-        (names.keys() - there, found.path, session.model.name),
-        (there - names.keys(), session.model.name, found.model),
+        (here - there, found.path, session.model.name),
+        (there - here, session.model.name, found.model),
     ):
         if lacking:
             kind, _, name = min(lacking).partition("/")
@@ -283,23 +307,28 @@ def _same_model(session: Session, found: Checkpoint, names: dict[str, int]) -> N
         )
 
 
-def _copy(target: Tensor, source: Slice, name: str) -> None:
+def _copy(target: Tensor, source: Tensor, name: str, path: Path) -> None:
     wanted = (target.dtype, tuple(target.shape))
-    if wanted != (source.dtype, source.shape):
+    if wanted != (source.dtype, tuple(source.shape)):
         raise InputError(
-            f"{source.path}: {name} is {source.dtype} of shape {source.shape}, the model needs "
+            f"{path}: {name} is {source.dtype} of shape {tuple(source.shape)}, the model needs "
             f"{wanted[0]} of shape {wanted[1]}; resume with the model that was saved"
         )
-    target.copy_(source.read())
+    target.copy_(source)
 
 
-def _load_optimizer(session: Session, found: Checkpoint) -> None:
+def _load_optimizer(session: Session, found: Checkpoint, index: Index) -> None:
     if session.optimizer is None:
         return
+    learning.restore(session, found)
     states: dict[str, dict[str, Any]] = {}
     entries: list[tuple[str, Any]] = [
         *found.named("optimizer"),
-        *((key.removeprefix("optimizer/"), value) for key, value in found.values.items()),
+        *(
+            (key.removeprefix("optimizer/"), value)
+            for key, value in found.values.items()
+            if key.startswith("optimizer/")
+        ),
     ]
     for key, value in entries:
         name, _, item = key.rpartition("/")
@@ -309,20 +338,23 @@ def _load_optimizer(session: Session, found: Checkpoint) -> None:
     for group in session.optimizer.param_groups:
         everywhere = bool(group.get("fused") or group.get("capturable"))
         for parameter in group["params"]:
-            state = states.get(names[id(parameter)], {})
+            name = names[id(parameter)]
+            sources = [(states.get(saved, {}), a, b) for saved, a, b in index.sources(name)]
+            state = {
+                key: value_of([(held[key], a, b) for held, a, b in sources if key in held], name)
+                for key in (sources[0][0] if sources else ())
+            }
             if state:
                 session.optimizer.state[parameter] = {
-                    key: _read_state(value, parameter.device, everywhere)
+                    key: _placed(value, parameter.device, everywhere)
                     for key, value in state.items()
                 }
 
 
-def _read_state(value: Any, device: torch.device, everywhere: bool) -> Any:
+def _placed(value: Any, device: torch.device, everywhere: bool) -> Any:
     """A part of a parameter's state, where torch wants it: most counters stay on the CPU."""
-    if not isinstance(value, Slice):
-        return value
-    tensor = value.read()
-    return tensor.to(device) if tensor.dim() or everywhere else tensor
+    tensor = isinstance(value, torch.Tensor)
+    return value.to(device) if tensor and (value.dim() or everywhere) else value
 
 
 def _load_random(world: World, found: Checkpoint) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from adaptis.errors import PlanError
 from adaptis.program import (
@@ -25,6 +25,7 @@ from adaptis.program import (
     Receive,
     Send,
     Shard,
+    Sharding,
     Step,
     Together,
     Value,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 Row = tuple[
     Compute, float, float
 ]  # what ran, from when to when (seconds of the machine's monotonic clock)
+_SHARD = {Sharding.GATHER: "gather", Sharding.FREE: "free", Sharding.REDUCE: "reduce"}
 _HANDED = (Kind.OUTPUT, Kind.INPUT_GRAD, Kind.SUMS)  # what passes through the loop
 
 
@@ -61,6 +63,26 @@ class Progress(Protocol):
 
     def resumes(self) -> None:
         """What it waited for is there."""
+        ...
+
+
+class Shared(Protocol):
+    """What replicas of the pipeline have in common, by stage."""
+
+    def gather(self, stage: int) -> None:
+        """Start making its parameters whole."""
+        ...
+
+    def wait(self, stage: int) -> None:
+        """Until they are."""
+        ...
+
+    def free(self, stage: int) -> None:
+        """Let them go."""
+        ...
+
+    def reduce(self, stage: int) -> None:
+        """Start summing its gradients."""
         ...
 
 
@@ -88,9 +110,11 @@ class Executor:
         *,
         host: HostMemory,
         head: ShardedHead | None = None,
+        shared: Shared | None = None,
     ) -> None:
         """Turn the device's instructions into functions; `head` where it is sharded."""
         self.device = device
+        self._shared = shared
         self._stages, self._transport, self._progress = stages, transport, progress
         self._host, self._head = host, head
         self._layout = program.layout
@@ -136,7 +160,8 @@ class Executor:
                 pieces = [
                     (c, self._reads(c, position), self._written(c)) for c in parts(instruction)
                 ]
-                return partial(self._work, pieces)
+                work = partial(self._work, pieces)
+                return partial(self._whole, pieces, work) if self._shared else work
             case Send(value, target):
                 return partial(self._send, value, (target,), self._is_last(value, position))
             case Receive(value, source):
@@ -151,8 +176,10 @@ class Executor:
             case Copy(way, stage, microbatch):
                 move = self._host.offload if way is Way.OFFLOAD else self._host.reload
                 return partial(move, self._stages[stage], microbatch)
-            case Shard():  # copies of a stage are summed at the step, like all shared parameters
-                return _nothing
+            case Shard(what, stage):
+                if self._shared is None:  # copies are summed at the step, like all that is tied
+                    return _nothing
+                return partial(getattr(self._shared, _SHARD[what]), stage)
             case Step():
                 return partial(self._finish, position)
 
@@ -193,6 +220,12 @@ class Executor:
                 self._values[written] = result
         if step.watch is not None:
             step.watch()
+
+    def _whole(self, pieces: Sequence[tuple[Compute, Any, Any]], work: Callable[[], None]) -> None:
+        """A computation whose stage's parameters may still be on their way."""
+        for compute, _, _ in pieces:
+            cast("Shared", self._shared).wait(compute.stage)
+        work()
 
     def _compute(self, compute: Compute, given: Any) -> Content | None:
         """Do it; returns what goes to another stage."""
@@ -284,16 +317,12 @@ def refuse_unknown(program: Program) -> None:
     """Name what the loop above cannot run.
 
     Raises:
-        PlanError: the program has slices, replicas or sharded stages.
+        PlanError: the program has slices.
     """
-    layout = program.layout
-    for found, what in (
-        (layout.previous, "sequences in slices"),
-        (layout.replicas > 1, "data-parallel replicas"),
-        (layout.sharded, "sharded stages"),
-    ):
-        if found:
-            raise PlanError(f"the plan has {what}, which can be simulated but not executed yet")
+    if program.layout.previous:
+        raise PlanError(
+            "the plan has sequences in slices, which can be simulated but not executed yet"
+        )
 
 
 def describe(program: Program, device: int, position: int) -> str:

@@ -16,13 +16,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from adaptis.execute.mesh import refuse_unlike
+from adaptis.execute.units import layout_of, local, place
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor, nn
 
     from adaptis.execute.head import Rows
-    from adaptis.execute.world import World
+    from adaptis.execute.mesh import Mesh
 
 _TAG = 1 << 30  # above every tag of the transport
 
@@ -42,24 +45,24 @@ class Gradients:
     """The gradients of one rank, among those of the others."""
 
     def __init__(
-        self, world: World, parameters: Mapping[str, nn.Parameter], rows: Mapping[str, Rows]
+        self, mesh: Mesh, parameters: Mapping[str, nn.Parameter], rows: Mapping[str, Rows]
     ) -> None:
         """Find out who holds what; every rank calls this.
 
         Args:
-            world: the ranks.
+            mesh: the ranks; what follows is about those of this row.
             parameters: of this rank, those named in `rows` among them.
             rows: those parameters that are a part of another one.
         """
-        self._world = world
+        self._mesh, self._world = mesh, mesh.row
         self._parameters = {n: p for n, p in parameters.items() if p.requires_grad}
         mine = {
-            "whole": [name for name in self._parameters if name not in rows],
+            "whole": {n: layout_of(p) for n, p in self._parameters.items() if n not in rows},
             "rows": [
                 [k, r.name, r.start, r.stop] for k, r in rows.items() if k in self._parameters
             ],
         }
-        found = [json.loads(text) for text in world.gather(json.dumps(mine))]
+        found = [json.loads(text) for text in self._world.gather(json.dumps(mine))]
         holders: dict[str, list[int]] = {}
         for rank, entry in enumerate(found):
             for name in entry["whole"]:
@@ -70,15 +73,21 @@ class Gradients:
             for key, name, start, stop in entry["rows"]
             if name in holders
         ]
+        for name, ranks in holders.items():
+            refuse_unlike(name, [found[rank]["whole"][name] for rank in ranks])
         self.shared = [(name, ranks) for name, ranks in holders.items() if len(ranks) > 1]
-        elsewhere = {name for name, ranks in self.shared if ranks[0] != world.rank}
+        elsewhere = {name for name, ranks in self.shared if ranks[0] != self._world.rank}
         elsewhere |= {piece.key for piece in self._pieces}
-        self._counted = [p for name, p in self._parameters.items() if name not in elsewhere]
+        self._counted = [
+            p for name, p in self._parameters.items() if name not in elsewhere and mesh.counts(p)
+        ]
 
     @torch.no_grad()
     def settle(self) -> None:
         """Sum what several ranks hold."""
         self._world.progress.waits()
+        for parameter in self._parameters.values():
+            place(parameter)
         self._collect_pieces()
         self._sum_shared()
         self._hand_out_pieces()
@@ -90,9 +99,10 @@ class Gradients:
 
         What several ranks hold counts once.
         """
-        norms = [torch.linalg.vector_norm(p.grad) for p in self._counted if p.grad is not None]
+        own = [local(p.grad) for p in self._counted if p.grad is not None]
+        norms = [torch.linalg.vector_norm(gradient) for gradient in own]
         squares = float(torch.stack(norms).double().square().sum()) if norms else 0.0
-        norm = math.sqrt(self._world.sum(squares))
+        norm = math.sqrt(self._mesh.sum(squares))
         scale = max_norm / (norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_
         if not scale >= 1.0:
             for parameter in self._parameters.values():
@@ -105,13 +115,11 @@ class Gradients:
         for index, piece in enumerate(self._pieces):
             tag = _TAG + index
             if self._world.rank == piece.holder:
-                works.append(
-                    dist.isend(_gradient(self._parameters[piece.key]), piece.owner, tag=tag)
-                )
+                works.append(self._send(_gradient(self._parameters[piece.key]), piece.owner, tag))
             elif self._world.rank == piece.owner:
                 whole = _gradient(self._parameters[piece.name])
                 buffer = torch.empty_like(whole[piece.start : piece.stop])
-                arrived.append((piece, buffer, dist.irecv(buffer, piece.holder, tag=tag)))
+                arrived.append((piece, buffer, self._receive(buffer, piece.holder, tag)))
         for piece, buffer, work in arrived:
             _wait(work)
             _gradient(self._parameters[piece.name])[piece.start : piece.stop] += buffer
@@ -124,10 +132,10 @@ class Gradients:
             tag = _TAG + index
             if self._world.rank == piece.owner:
                 rows = _gradient(self._parameters[piece.name])[piece.start : piece.stop]
-                works.append((dist.isend(rows, piece.holder, tag=tag), rows))
+                works.append((self._send(rows, piece.holder, tag), rows))
             elif self._world.rank == piece.holder:
                 rows = _gradient(self._parameters[piece.key])
-                works.append((dist.irecv(rows, piece.owner, tag=tag), rows))
+                works.append((self._receive(rows, piece.owner, tag), rows))
         for work, _ in works:
             _wait(work)
 
@@ -143,29 +151,35 @@ class Gradients:
                 if rank == self._world.rank:
                     terms.append((own, None))
                 else:
-                    sends.append(dist.isend(own, rank, tag=tag))
+                    sends.append(self._send(own, rank, tag))
                     other = torch.empty_like(own)
-                    terms.append((other, dist.irecv(other, rank, tag=tag)))
-            arriving.append((self._parameters[name], terms))
+                    terms.append((other, self._receive(other, rank, tag)))
+            arriving.append((own, terms))
         totals = []
-        for parameter, terms in arriving:
+        for own, terms in arriving:
             for _, work in terms:
                 _wait(work)
             total = terms[0][0].clone()
             for term, _ in terms[1:]:
                 total += term
-            totals.append((parameter, total))
+            totals.append((own, total))
         for work in sends:
             _wait(work)
-        for parameter, total in totals:
-            parameter.grad = total
+        for own, total in totals:
+            own.copy_(total)
+
+    def _send(self, tensor: Tensor, target: int, tag: int) -> Any:
+        return dist.isend(tensor, group_dst=target, group=self._world.group, tag=tag)
+
+    def _receive(self, tensor: Tensor, source: int, tag: int) -> Any:
+        return dist.irecv(tensor, group_src=source, group=self._world.group, tag=tag)
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
-    """The gradient; zeros where no micro-batch has left one."""
+    """This rank's part of the gradient; zeros where no micro-batch has left one."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
+    return local(parameter.grad)
 
 
 def _wait(work: Any) -> None:

@@ -104,6 +104,8 @@ class ShardedHead:
         reductions: int,
         home: int,
         held: Mapping[str, nn.Parameter],
+        autocast: torch.dtype | None = None,
+        new_group: Callable[[], Any] = dist.new_group,
     ) -> None:
         """Take this rank's rows; every rank does this, in the same order as all else together.
 
@@ -115,6 +117,8 @@ class ShardedHead:
             reductions: 1 or 2 for each micro-batch.
             home: the device of the last stage, which needs the gradient and reports the loss.
             held: what this device's stages hold; the rows of a tied weight lie in there.
+            autocast: what products are computed in, where it is not the weight's own type.
+            new_group: makes a process group of the devices.
 
         Raises:
             PlanError: the last layer is no linear layer followed by cross-entropy.
@@ -122,6 +126,7 @@ class ShardedHead:
         self.losses: dict[int, Tensor] = {}  # micro-batch -> its share of the step's loss, at home
         self.parameters: dict[str, nn.Parameter] = {}  # this device's own, by the name of the rows
         self.rows: dict[str, Rows] = {}  # which rows of what they are
+        self.training = True  # otherwise S computes the loss alone and leaves nothing for T
         layer, names = _linear(model, seed)
         self.num_rows = layer.out_features
         if self.num_rows < size:
@@ -133,11 +138,15 @@ class ShardedHead:
         self._stop = self.num_rows * (rank + 1) // size
         self._weight = self._piece(names[0], layer.weight, held)
         self._bias = self._piece(names[1], layer.bias, held) if layer.bias is not None else None
+        # As torch does: float64 is never cast.
+        self._type = layer.weight.dtype
+        if autocast is not None and self._type is not torch.float64:
+            self._type = autocast
         self._reductions, self._home, self._is_home = reductions, home, rank == home
         self._size = size
         self._saved: dict[int, _Saved] = {}
         # Each kind of sum has the same order on all devices, but not the two among each other.
-        self._sums_s, self._sums_t = Lane(), Lane()
+        self._sums_s, self._sums_t = Lane(new_group()), Lane(new_group())
 
     def _piece(self, name: str, whole: Tensor, held: Mapping[str, nn.Parameter]) -> _Piece:
         if name in held:
@@ -149,9 +158,9 @@ class ShardedHead:
 
     def scores(self, m: int, hidden: Tensor, microbatch: Microbatch, weight: float) -> None:
         """S: logits and their share of the sums; with one reduction the unscaled gradient too."""
-        weights_vh = self._weight.values()
-        hidden_th = hidden.reshape(-1, hidden.shape[-1])
-        bias = None if self._bias is None else self._bias.values()
+        weights_vh = self._weight.values().to(self._type)
+        hidden_th = hidden.reshape(-1, hidden.shape[-1]).to(self._type)
+        bias = None if self._bias is None else self._bias.values().to(self._type)
         logits_tv = functional.linear(hidden_th, weights_vh, bias)
         logits_tv = logits_tv.to(torch.promote_types(logits_tv.dtype, torch.float32))
         labels_t = self._labels(microbatch)
@@ -164,8 +173,8 @@ class ShardedHead:
         statistics_3t = torch.stack([largest_t, exponentials_tv.sum(1), here_t])
         counts_t = (labels_t != IGNORED_LABEL).to(largest_t.dtype) * weight
         saved = _Saved(hidden, exponentials_tv, largest_t, statistics_3t, token, row, counts_t)
-        if self._reductions == 1:
-            saved.gradient_th = exponentials_tv.to(hidden.dtype) @ weights_vh
+        if self._reductions == 1 and self.training:
+            saved.gradient_th = (exponentials_tv.to(self._type) @ weights_vh).to(hidden.dtype)
         self._saved[m] = saved
 
     def _labels(self, microbatch: Microbatch) -> Tensor:
@@ -194,7 +203,9 @@ class ShardedHead:
         if self._is_home:
             picked_t = all_d3t[:, 2].sum(0)
             self.losses[m] = ((sum_t.log() + most_t - picked_t) * saved.counts_t).sum()
-        if self._reductions == 2:
+        if not self.training:
+            del self._saved[m]
+        if self._reductions == 2 or not self.training:
             return None
         gradient_th = _present(saved.gradient_th)
         scale_t = ((saved.largest_t - most_t).exp() / sum_t * saved.counts_t).to(gradient_th.dtype)
@@ -210,14 +221,15 @@ class ShardedHead:
         scale_t = (saved.largest_t - most_t).exp() / sum_t * saved.counts_t
         gradient_tv = saved.exponentials_tv.mul_(scale_t[:, None])
         gradient_tv[saved.token, saved.row] -= saved.counts_t[saved.token]
-        gradient_tv = gradient_tv.to(saved.hidden.dtype)
+        gradient_tv = gradient_tv.to(self._type)
         if self._weight.parameter.requires_grad:
-            hidden_th = saved.hidden.reshape(-1, saved.hidden.shape[-1])
+            hidden_th = saved.hidden.reshape(-1, saved.hidden.shape[-1]).to(self._type)
             self._weight.add_gradient(gradient_tv.t().mm(hidden_th))
         if self._bias is not None and self._bias.parameter.requires_grad:
             self._bias.add_gradient(gradient_tv.sum(0))
         if self._reductions == 2:
-            saved.gradient_th = gradient_tv @ self._weight.values()
+            weights_vh = self._weight.values().to(self._type)
+            saved.gradient_th = (gradient_tv @ weights_vh).to(saved.hidden.dtype)
 
     def sum_gradients(self, m: int) -> Waits:
         """SUM_t: begin to add up the input gradient that T left, on all devices."""
@@ -228,7 +240,7 @@ class ShardedHead:
 
     def _at_home(self, part_th: Tensor, saved: _Saved, lane: Lane) -> Tensor:
         """The sum of all devices' parts, where the last stage is."""
-        dist.reduce(part_th, self._home, group=lane.group)
+        dist.reduce(part_th, group_dst=self._home, group=lane.group)
         return part_th.view(saved.hidden.shape)
 
     def finish(self) -> None:
@@ -252,8 +264,8 @@ class ShardedHead:
 class Lane:
     """A thread that runs what it is given one after the other, with a process group of its own."""
 
-    def __init__(self) -> None:
-        self.group: Any = dist.new_group()
+    def __init__(self, group: Any) -> None:
+        self.group = group
         self._queue: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
         self._queue = queue.SimpleQueue()
         # A daemon, and no pool: a rank that has failed must not wait for a sum that never comes.

@@ -6,29 +6,44 @@ optimizer.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
 
 from adaptis.measure.random import drawing
 from adaptis.measure.stage import collecting_losses
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
-    import torch
-    from torch import Tensor, nn
+    from torch import Tensor
 
-    from adaptis.execute.session import Optimizer
+    from adaptis.execute.session import Optimizer, Schedule
     from adaptis.measure.stage import Microbatch, TorchModel
 
 
 class Reference:
     """One model, trained as anybody would."""
 
-    def __init__(self, model: TorchModel, *, optimizer: Optimizer, seed: int = 0) -> None:
+    def __init__(
+        self,
+        model: TorchModel,
+        *,
+        optimizer: Optimizer,
+        seed: int = 0,
+        max_norm: float = 0.0,
+        autocast: torch.dtype | None = None,
+        schedule: Schedule | None = None,
+    ) -> None:
+        """Build the whole model; the arguments are those of `Session`."""
         self.module, self._run = plain(model, seed)
         self._model, self._seed, self._steps = model, seed, 0
-        trained = [p for p in self.module.parameters() if p.requires_grad]
-        self.optimizer: torch.optim.Optimizer = optimizer(trained)
+        self._max_norm, self._autocast = max_norm, autocast
+        self._trained = [p for p in self.module.parameters() if p.requires_grad]
+        self.optimizer: torch.optim.Optimizer = optimizer(self._trained)
+        self.schedule = schedule(self.optimizer) if schedule else None
 
     def step(self, batch: Sequence[Microbatch]) -> float:
         """Train on one batch; its loss."""
@@ -36,7 +51,11 @@ class Reference:
         device = next(self.module.parameters()).device
         total = 0.0
         for m, microbatch in enumerate(batch):
-            with drawing(self._seed, self._steps, 0, m, device), collecting_losses() as terms:
+            with (
+                drawing(self._seed, self._steps, 0, m, device),
+                collecting_losses() as terms,
+                self._casting(device),
+            ):
                 loss = self._model.loss(self._run(microbatch), microbatch) * weight
             if terms:  # by their share of the tokens, as a stage adds them
                 share = self._model.weight(microbatch) * weight
@@ -44,9 +63,27 @@ class Reference:
             loss.backward()
             total += float(loss.detach())
         self._steps += 1
+        if self._max_norm:
+            nn.utils.clip_grad_norm_(self._trained, self._max_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.schedule is not None:
+            self.schedule.step()
         return total
+
+    @torch.no_grad()
+    def evaluate(self, batch: Sequence[Microbatch]) -> float:
+        """The loss of a batch in evaluation mode."""
+        weight = 1.0 / sum(self._model.weight(microbatch) for microbatch in batch)
+        self.module.eval()
+        with self._casting(next(self.module.parameters()).device):
+            losses = [self._model.loss(self._run(m), m) * weight for m in batch]
+        self.module.train()
+        return sum(map(float, losses))
+
+    def _casting(self, device: torch.device) -> AbstractContextManager[Any]:
+        on = self._autocast is not None
+        return torch.autocast(device.type, dtype=self._autocast, enabled=on)
 
 
 def plain(model: TorchModel, seed: int) -> tuple[nn.Module, Callable[[Microbatch], Tensor]]:

@@ -16,9 +16,11 @@ import numpy as np
 
 from adaptis.check import check
 from adaptis.errors import PlanError
+from adaptis.execute.evaluation import Evaluation
 from adaptis.execute.executor import Executor, describe, refuse_unknown
 from adaptis.execute.gradients import Gradients
 from adaptis.execute.head import ShardedHead
+from adaptis.execute.mesh import Mesh, groups
 from adaptis.execute.offload import HostMemory
 from adaptis.execute.transport import TorchTransport
 from adaptis.lower import lower
@@ -32,14 +34,17 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
     from torch import Tensor, nn
+    from torch.distributed.device_mesh import DeviceMesh
 
     from adaptis.execute.executor import Row
+    from adaptis.execute.mesh import Parallelize
     from adaptis.execute.world import World
     from adaptis.measure.stage import Microbatch, StageModule, TorchModel
     from adaptis.plan import Plan
     from adaptis.program import Program
 
     Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+    Schedule = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +71,10 @@ class Session:
         seed: int = 0,
         key: int = 0,
         max_norm: float = 0.0,
+        autocast: torch.dtype | None = None,
+        schedule: Schedule | None = None,
+        mesh: DeviceMesh | None = None,
+        parallelize: Parallelize | None = None,
     ) -> None:
         """Check `plan`, build this rank's stages and its optimizer.
 
@@ -73,16 +82,27 @@ class Session:
             world: the ranks; each does the same.
             model: what is trained.
             plan: how.
-            optimizer: makes the optimizer from this rank's parameters.
+            optimizer: makes the optimizer from this rank's parameters; under a mesh they may come
+                in groups, as torch's optimizers take them.
             seed: of the initial weights.
             key: tells this program from others in the same run.
             max_norm: gradients are clipped to this global norm; 0: they are not.
+            autocast: what products are computed in, where it is not the parameters' own type.
+            schedule: makes, from the optimizer, what moves the learning rate after each step.
+            mesh: of all ranks, with a dimension "pp" that the plan is for, and any of "dp", "fsdp"
+                and "tp"; see `mesh`. None: all ranks are one pipeline.
+            parallelize: cuts one layer over the "tp" dimension, which it is given too.
 
         Raises:
-            PlanError: the plan is for another number of devices or layers.
+            PlanError: the plan is for another number of devices or layers, or does not go together
+                with the mesh.
             ProgramError: it breaks a rule.
         """
         plan = _clipped(plan, max_norm)
+        self.mesh = Mesh(world, mesh, parallelize)
+        world = self.mesh.row
+        if plan.replicas == 1:
+            plan = replace(plan, replicas=self.mesh.data.size)
         _suits(plan, model, world.size)
         self.plan, self.model, self.world = plan, model, world
         self.program = lower(plan)
@@ -90,18 +110,10 @@ class Session:
         refuse_unknown(self.program)
         self.steps = 0
         self._key, self._max_norm, self._norm = key, max_norm, 0.0
-        device = world.rank
-        lines = [
-            describe(self.program, device, i) for i in range(len(self.program.devices[device]))
-        ]
-        predicted = plan.provenance.get("step_seconds")
-        seconds = predicted if isinstance(predicted, int | float) else 0.0
-        world.tell("program", key, lines, seconds)
-        modules = {
-            s: model.build(stage.start, stage.stop, seed=seed)
-            for s, stage in enumerate(plan.stages)
-            if stage.device == device
-        }
+        self._autocast = autocast
+        self._evaluation: Evaluation | None = None
+        self._announce()
+        modules = self._build_modules(seed)
         self.parameters = _joined(modules.values())
         self.buffers = {
             n: b for module in modules.values() for n, b in module.global_buffers().items()
@@ -111,19 +123,42 @@ class Session:
         rows = self.head.rows if self.head else {}
         if self.head:
             self.parameters |= self.head.parameters
-        trained = [p for p in self.parameters.values() if p.requires_grad]
+        self.mesh.share(self.program, modules, self.head.parameters.values() if self.head else ())
+        trained = groups(p for p in self.parameters.values() if p.requires_grad)
         self.optimizer = optimizer(trained) if trained else None
-        self._gradients = Gradients(world, self.parameters, rows)
-        self._transport = TorchTransport(self.program.num_stages, plan.num_microbatches)
+        self.schedule = schedule(self.optimizer) if schedule and self.optimizer else None
+        self._gradients = Gradients(self.mesh, self.parameters, rows)
+        self._transport = TorchTransport(
+            self.program.num_stages, plan.num_microbatches, group=world.group
+        )
         self._executor = Executor(
             self.program,
-            device,
+            world.rank,
             self.stages,
             self._transport,
             world.progress,
             host=HostMemory(),
             head=self.head,
+            shared=self.mesh if mesh is not None else None,
         )
+
+    def _build_modules(self, seed: int) -> dict[int, StageModule]:
+        modules = {
+            s: self.model.build(stage.start, stage.stop, seed=seed)
+            for s, stage in enumerate(self.plan.stages)
+            if stage.device == self.world.rank
+        }
+        _joined(modules.values())
+        self.mesh.divide(modules)
+        return modules
+
+    def _announce(self) -> None:
+        """Tell whoever watches what this rank is going to do."""
+        program, rank = self.program, self.world.rank
+        lines = [describe(program, rank, i) for i in range(len(program.devices[rank]))]
+        predicted = self.plan.provenance.get("step_seconds")
+        seconds = predicted if isinstance(predicted, int | float) else 0.0
+        self.world.tell("program", self._key, lines, seconds)
 
     def _build_stages(self, modules: dict[int, StageModule], seed: int) -> dict[int, StageCompute]:
         plan, layout = self.plan, self.program.layout
@@ -141,6 +176,8 @@ class Session:
                 split=s in split,
                 recompute=plan.stages[s].recompute,
                 seed=seed,
+                autocast=self._autocast,
+                first=self.mesh.data.rank * plan.num_microbatches,
             )
             for s, module in modules.items()
         }
@@ -157,6 +194,8 @@ class Session:
             reductions=reductions,
             home=self.plan.placement[-1],
             held=self.parameters,
+            autocast=self._autocast,
+            new_group=self.world.new_group,
         )
 
     def step(
@@ -164,24 +203,51 @@ class Session:
     ) -> StepResult:
         """Train on one batch; `watch` is called after each computation.
 
+        Each replica of a mesh has a batch of its own, which all ranks of it are given.
+
         Raises:
             PlanError: the batch has another number of micro-batches than the plan.
         """
+        weight = self._weight(batch)
+        self._transport.begin([_signature(microbatch) for microbatch in batch])
+        self.world.progress.begin(self._key, self.steps)
+        self.mesh.begin()
+        begin = time.perf_counter()
+        rows = self._executor.run(batch, weight, self.steps, self._update, watch)
+        end = time.perf_counter()
+        self.world.progress.leave()
+        self.steps += 1
+        return StepResult(
+            self.mesh.data.sum(self.world.sum(self._loss())), begin, end, rows, self._norm
+        )
+
+    def evaluate(self, batch: Sequence[Microbatch]) -> float:
+        """The loss of a batch, auxiliary losses not counted; the same on every rank.
+
+        The model is in evaluation mode, and nothing changes: no gradient, no buffer, no step.
+
+        Raises:
+            PlanError: the batch has another number of micro-batches than the plan.
+        """
+        weight = self._weight(batch)
+        if self._evaluation is None:
+            self._evaluation = Evaluation(
+                self.world, self.program, self.stages, self.head, self._key
+            )
+        self.mesh.whole(on=True)
+        loss = self._evaluation.run(batch, weight, self.steps, [_signature(m) for m in batch])
+        self.mesh.whole(on=False)
+        return self.mesh.data.sum(loss)
+
+    def _weight(self, batch: Sequence[Microbatch]) -> float:
+        """What multiplies each summed loss."""
         if len(batch) != self.plan.num_microbatches:
             raise PlanError(
                 f"the batch has {len(batch)} micro-batches, the plan is for "
                 f"{self.plan.num_microbatches}; "
                 f"plan again with --microbatches {len(batch)}"
             )
-        weight = 1.0 / sum(self.model.weight(microbatch) for microbatch in batch)
-        self._transport.begin([_signature(microbatch) for microbatch in batch])
-        self.world.progress.begin(self._key, self.steps)
-        begin = time.perf_counter()
-        rows = self._executor.run(batch, weight, self.steps, self._update, watch)
-        end = time.perf_counter()
-        self.world.progress.leave()
-        self.steps += 1
-        return StepResult(self.world.sum(self._loss()), begin, end, rows, self._norm)
+        return 1.0 / self.mesh.data.sum(sum(self.model.weight(m) for m in batch))
 
     def _loss(self) -> float:
         """This rank's part of the loss of the whole batch."""
@@ -196,12 +262,15 @@ class Session:
 
     def _update(self) -> None:
         """STEP: settle the gradients, step the optimizer, forget them."""
+        self.mesh.finish()
         self._gradients.settle()
         if self._max_norm:
             self._norm = self._gradients.clip(self._max_norm)
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
+        if self.schedule is not None:
+            self.schedule.step()
 
     def timeline(self, result: StepResult, name: str) -> Timeline:
         """A step of all ranks as a timeline, the same on every rank; every rank calls this."""

@@ -176,9 +176,33 @@ class Slice:
         """
         data = bytearray(self.num_bytes)
         _read(self.path, self.offset, memoryview(data), self.sha256)
+        return self._tensor(data, self.shape)
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of the tensor, all of which is verified but never in memory at once.
+
+        Raises:
+            InputError: its bytes are not those that were written.
+        """
+        each = self.num_bytes // self.shape[0]
+        data, digest, done = bytearray(), hashlib.sha256(), 0
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            while done < self.num_bytes:
+                chunk = file.read(min(CHUNK, self.num_bytes - done))
+                if not chunk:
+                    break
+                digest.update(chunk)
+                data += chunk[max(0, start * each - done) : max(0, stop * each - done)]
+                done += len(chunk)
+        if digest.hexdigest() != self.sha256:
+            raise _damaged(self.path)
+        return self._tensor(data, (stop - start, *self.shape[1:]))
+
+    def _tensor(self, data: bytearray, shape: tuple[int, ...]) -> Tensor:
         if not data:
-            return torch.empty(self.shape, dtype=self.dtype)
-        return torch.frombuffer(data, dtype=self.dtype).reshape(self.shape)
+            return torch.empty(shape, dtype=self.dtype)
+        return torch.frombuffer(data, dtype=self.dtype).reshape(shape)
 
 
 class Checkpoint:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
     from adaptis.execute.launch import Seat
-    from adaptis.execute.session import Optimizer
+    from adaptis.execute.session import Optimizer, Schedule
     from adaptis.measure.stage import Microbatch, TorchModel
 
 ROUNDS = 9  # how often each layer is timed before the plan is made
@@ -42,6 +42,11 @@ ROUNDS = 9  # how often each layer is timed before the plan is made
 def adamw(learning_rate: float = 1e-3) -> Optimizer:
     """AdamW, in the fused form: one pass over each parameter."""
     return functools.partial(torch.optim.AdamW, lr=learning_rate, fused=True)
+
+
+def autocast_type(name: str) -> torch.dtype | None:
+    """What `autocast` in a training file means; empty: nothing is cast."""
+    return getattr(torch, name) if name else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,10 @@ class Job:
     resume: bool = False
     background: bool = True  # training goes on while a checkpoint is written
     weights: str = ""  # a folder of transformers' save_pretrained; empty: initial values
+    autocast: torch.dtype | None = None  # what products are computed in; None: the weights' type
+    schedule: Schedule | None = None  # makes what moves the learning rate from the optimizer
+    evaluate_every: int = 0  # steps; 0: never
+    held_out: Callable[[int], Sequence[Microbatch]] | None = None  # step -> what is evaluated then
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +82,7 @@ class Result:
     checkpoint: str = ""  # the last one, empty where nothing was saved
     timeline: dict[str, Any] = field(default_factory=dict)  # of a typical step, as JSON
     profile: dict[str, Any] | None = None  # as JSON, where it was measured
+    evaluations: dict[int, float] = field(default_factory=dict)  # steps made -> held-out loss
 
 
 def train(
@@ -91,6 +101,10 @@ def train(
     resume: bool = False,
     background: bool = True,
     weights: str | Path = "",
+    autocast: torch.dtype | None = None,
+    schedule: Schedule | None = None,
+    evaluate_every: int = 0,
+    held_out: Callable[[int], Sequence[Microbatch]] | None = None,
     say: Callable[[str, dict[str, Any]], None] = lambda kind, data: None,
 ) -> Result:
     """Train `model` on `devices` processes, exactly as one process would.
@@ -115,6 +129,11 @@ def train(
         background: write checkpoints while training goes on, from a copy of the state, which needs
             that much memory; otherwise training waits.
         weights: a folder that transformers' `save_pretrained` wrote, to start from.
+        autocast: what products are computed in, such as torch.bfloat16, as torch.autocast does.
+        schedule: makes a learning-rate scheduler of torch from an optimizer; it goes on after each
+            step, and after a resume where it was.
+        evaluate_every: steps between two evaluations of `held_out`; 0: none.
+        held_out: step to micro-batches, as `batches`, that are evaluated and not trained on.
         say: called with the progress.
 
     Raises:
@@ -125,11 +144,26 @@ def train(
     )
     if steps < 1:
         raise InputError(f"{steps} steps: at least 1 is needed")
+    if (evaluate_every > 0) != (held_out is not None):
+        raise InputError("to evaluate, give both evaluate_every above 0 and held_out")
     folders = {"folder": str(folder), "weights": str(weights)}
     saving = {"save_every": save_every, "resume": resume, "background": background}
     made = optimizer or adamw()
     job = Job(
-        model, batches, steps, chosen, made, seed, search_seconds, max_norm, **folders, **saving
+        model,
+        batches,
+        steps,
+        chosen,
+        made,
+        seed,
+        search_seconds,
+        max_norm,
+        **folders,
+        **saving,
+        autocast=autocast,
+        schedule=schedule,
+        evaluate_every=evaluate_every,
+        held_out=held_out,
     )
     if under_torchrun():
         with launched(say) as world:
@@ -158,7 +192,14 @@ def run(world: World, job: Job) -> Result:
         measured, plan = _plan(world, model, job)
     world.phase("building stages")
     session = Session(
-        world, model, plan, optimizer=job.optimizer, seed=job.seed, max_norm=job.max_norm
+        world,
+        model,
+        plan,
+        optimizer=job.optimizer,
+        seed=job.seed,
+        max_norm=job.max_norm,
+        autocast=job.autocast,
+        schedule=job.schedule,
     )
     folder = Path(job.folder) if job.folder else None
     if job.resume:
@@ -169,13 +210,16 @@ def run(world: World, job: Job) -> Result:
         save_plan(session.plan, folder / "plan.json")
     world.say("start", step=session.steps, steps=job.steps, plan=plan_to_json(plan))
     saver = _saver(session, job)
-    results = []
+    results, evaluations = [], {}
     world.phase("training")
     while session.steps < job.steps:
         result = session.step(job.batches(session.steps))
         results.append(result)
         seconds = result.end - result.begin
         world.say("step", step=session.steps, steps=job.steps, loss=result.loss, seconds=seconds)
+        if job.held_out is not None and not session.steps % job.evaluate_every:
+            loss = evaluations[session.steps] = session.evaluate(job.held_out(session.steps))
+            world.say("evaluation", step=session.steps, loss=loss)
         if saver:
             saver.poll()
             due = job.save_every and not session.steps % job.save_every
@@ -186,7 +230,8 @@ def run(world: World, job: Job) -> Result:
     if saver:
         world.phase("saving a checkpoint")
         saver.finish()
-    return _result(session, results, saver.saved if saver else "", measured)
+    found = _result(session, results, saver.saved if saver else "", measured)
+    return replace(found, evaluations=evaluations)
 
 
 def _take_weights(session: Session, job: Job) -> None:

@@ -27,7 +27,7 @@ from adaptis.measure.values import Bundle
 from adaptis.program import Kind, Value
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from adaptis.measure.values import Value as Content
 
@@ -56,10 +56,19 @@ class Transport(Protocol):
 
 
 class _Form(NamedTuple):
-    """What both ends know of a value: each tensor's type and sizes, and how they hang together."""
+    """What both ends know of a value: each tensor's type, sizes and layout, how they hang together.
+
+    The layout is kept, as products of another layout are rounded otherwise.
+    """
 
     shapes: tuple[Shape, ...]
+    orders: tuple[tuple[int, ...], ...]  # of dimensions in memory; empty: as they are named
     structure: str  # of a bundle; empty: a bare tensor
+
+    def lying(self) -> Iterator[Shape]:
+        """Type and sizes of each tensor as it lies in memory."""
+        for (dtype, sizes), order in zip(self.shapes, self.orders, strict=True):
+            yield dtype, tuple(sizes[d] for d in order) or sizes
 
 
 _Key = tuple[Kind, int, int]  # kind, stage, number of the inputs' shapes
@@ -76,11 +85,16 @@ class TorchTransport:
     """Point-to-point messages of `torch.distributed`."""
 
     def __init__(
-        self, num_stages: int, num_microbatches: int, device: torch.device | str = "cpu"
+        self,
+        num_stages: int,
+        num_microbatches: int,
+        device: torch.device | str = "cpu",
+        group: Any = None,
     ) -> None:
+        """Between the ranks of `group`; None: all."""
         self._num_stages = num_stages
         self._num_microbatches = num_microbatches
-        self._device = torch.device(device)
+        self._device, self._group = torch.device(device), group
         self._forms: dict[_Key, _Form] = {}
         self._announced: set[tuple[_Key, int]] = set()  # what was announced to whom
         self._numbers: dict[object, int] = {}  # signature of inputs -> its number
@@ -114,9 +128,9 @@ class TorchTransport:
         Raises:
             RankError: its form is not the one that was announced for inputs of these shapes.
         """
-        form, tensors = _taken_apart(content)
         key, tag = self._key(value), self._tag(value)
         known = self._forms.get(key)
+        form, tensors = _taken_apart(content, known)
         if known is None:
             self._forms[key] = form
         elif known != form:
@@ -128,9 +142,15 @@ class TorchTransport:
         if (key, target) not in self._announced:
             self._announced.add((key, target))
             header = _encode(form).to(self._device)
-            self._start(dist.isend(header, target, tag=self._tag(value, header=True)), header)
+            self._start(self._isend(header, target, self._tag(value, header=True)), header)
         for tensor in tensors:
-            self._start(dist.isend(tensor, target, tag=tag), tensor)
+            self._start(self._isend(tensor, target, tag), tensor)
+
+    def _isend(self, tensor: Tensor, target: int, tag: int) -> Any:
+        return dist.isend(tensor, group_dst=target, group=self._group, tag=tag)
+
+    def _irecv(self, tensor: Tensor, source: int, tag: int) -> Any:
+        return dist.irecv(tensor, group_src=source, group=self._group, tag=tag)
 
     def _start(self, work: Any, tensor: Tensor) -> None:
         while self._sending and self._sending[0][0].is_completed():
@@ -152,8 +172,8 @@ class TorchTransport:
                 return
             value = pending.popleft()
             tag = self._tag(value)
-            tensors = [self.buffers.take(shape) for shape in form.shapes]
-            works = [dist.irecv(tensor, source, tag=tag) for tensor in tensors]
+            tensors = [self.buffers.take(shape) for shape in form.lying()]
+            works = [self._irecv(tensor, source, tag) for tensor in tensors]
             self._posted[value] = _Posted(form, tensors, works)
 
     def wait(self, value: Value) -> Content:
@@ -162,15 +182,19 @@ class TorchTransport:
         while value not in self._posted:
             first = self._pending[source][0]
             header = torch.empty(HEADER, dtype=torch.uint8, device=self._device)
-            _wait(dist.irecv(header, source, tag=self._tag(first, header=True)))
+            _wait(self._irecv(header, source, self._tag(first, header=True)))
             self._forms[self._key(first)] = _decode(header)
             self._flush(source)
         posted = self._posted.pop(value)
         for work in posted.works:
             work.wait()
-        if not posted.form.structure:
-            return posted.tensors[0]
-        return Bundle(posted.form.structure, tuple(posted.tensors))
+        tensors = [
+            tensor.permute([order.index(d) for d in range(len(order))]) if order else tensor
+            for tensor, order in zip(posted.tensors, posted.form.orders, strict=True)
+        ]
+        return (
+            Bundle(posted.form.structure, tuple(tensors)) if posted.form.structure else tensors[0]
+        )
 
     def finish(self) -> None:
         """Wait until everything sent was taken."""
@@ -222,14 +246,26 @@ def _wait(work: Any) -> None:
     work.wait()
 
 
-def _taken_apart(content: Content) -> tuple[_Form, Sequence[Tensor]]:
-    """The form of a value and its tensors, contiguous."""
-    if isinstance(content, Tensor):
-        tensor = content.contiguous()
-        return _Form(((tensor.dtype, tensor.shape),), ""), (tensor,)
-    tensors = [tensor.contiguous() for tensor in content.tensors]
-    shapes = tuple((tensor.dtype, tensor.shape) for tensor in tensors)
-    return _Form(shapes, content.structure), tensors
+def _taken_apart(content: Content, known: _Form | None) -> tuple[_Form, Sequence[Tensor]]:
+    """The form of a value and its tensors, contiguous; in the layout that is known already."""
+    found = (content,) if isinstance(content, Tensor) else content.tensors
+    structure = "" if isinstance(content, Tensor) else content.structure
+    shapes = tuple((tensor.dtype, tensor.shape) for tensor in found)
+    same = known is not None and (shapes, structure) == (known.shapes, known.structure)
+    orders = known.orders if known is not None and same else tuple(map(_order, found))
+    tensors = [
+        (tensor.permute(order) if order else tensor).contiguous()
+        for tensor, order in zip(found, orders, strict=True)
+    ]
+    return _Form(shapes, orders, structure), tensors
+
+
+def _order(tensor: Tensor) -> tuple[int, ...]:
+    """The dimensions from the farthest apart in memory to the nearest; empty: as they are named."""
+    if tensor.is_contiguous():
+        return ()
+    order = sorted(range(tensor.dim()), key=lambda d: -tensor.stride(d))
+    return tuple(order) if tensor.permute(order).is_contiguous() else ()
 
 
 def _described(form: _Form) -> str:
@@ -238,7 +274,7 @@ def _described(form: _Form) -> str:
 
 def _encode(form: _Form) -> Tensor:
     shapes = [[str(dtype).removeprefix("torch."), sizes] for dtype, sizes in form.shapes]
-    data = json.dumps([shapes, form.structure]).encode()
+    data = json.dumps([shapes, form.orders, form.structure]).encode()
     if len(data) > HEADER:
         raise RankError(
             f"a value of {len(form.shapes)} tensors crosses devices: its description has "
@@ -248,5 +284,9 @@ def _encode(form: _Form) -> Tensor:
 
 
 def _decode(header: Tensor) -> _Form:
-    shapes, structure = json.loads(bytes(header.cpu().numpy()))
-    return _Form(tuple((getattr(torch, name), tuple(sizes)) for name, sizes in shapes), structure)
+    shapes, orders, structure = json.loads(bytes(header.cpu().numpy()))
+    return _Form(
+        tuple((getattr(torch, name), tuple(sizes)) for name, sizes in shapes),
+        tuple(map(tuple, orders)),
+        structure,
+    )

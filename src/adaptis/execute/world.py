@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,8 @@ from adaptis.execute.watch import ProgressRecord
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from multiprocessing.connection import Connection
+
+    from torch.distributed.device_mesh import DeviceMesh
 
     from adaptis.execute.launch import Seat
 
@@ -38,6 +40,19 @@ class World:
     progress: ProgressRecord
     tell: Callable[..., None]  # ("say", kind, data) or what `watch.Account` takes
     cores: tuple[int, ...]  # that all ranks of this machine may use
+    group: Any = None  # of processes; None: all that there are
+
+    def along(self, mesh: DeviceMesh | None) -> World:
+        """This rank among those of a part of a mesh; None: by itself."""
+        if mesh is None:
+            return replace(self, rank=0, size=1)
+        ranks = mesh.mesh.flatten().tolist()
+        group = mesh.get_group() if mesh.ndim == 1 else _group_of(ranks)
+        return replace(self, rank=ranks.index(dist.get_rank()), size=len(ranks), group=group)
+
+    def new_group(self) -> Any:
+        """Another process group of the same ranks."""
+        return _group_of(None if self.group is None else dist.get_process_group_ranks(self.group))
 
     def say(self, kind: str, **data: Any) -> None:
         """Tell whoever watches; what other ranks than 0 say is not shown."""
@@ -67,13 +82,15 @@ class World:
     def barrier(self) -> None:
         """Wait for all ranks."""
         with self._waiting():
-            dist.barrier()
+            dist.barrier(group=self.group)
 
     def sum(self, number: float) -> float:
         """The sum of every rank's number, on every rank."""
+        if self.size == 1:
+            return number
         total = torch.tensor([number], dtype=torch.float64)
         with self._waiting():
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=self.group)
         return float(total)
 
     def broadcast(self, text: str | None, source: int = 0) -> str:
@@ -84,18 +101,22 @@ class World:
     def _broadcast(self, text: str | None, source: int) -> str:
         data = (text or "").encode()
         size = torch.tensor([len(data)])
-        dist.broadcast(size, source)
+        dist.broadcast(size, group_src=source, group=self.group)
         if not int(size):
             return ""
         buffer = torch.zeros(int(size), dtype=torch.uint8)
         if self.rank == source:
             buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        dist.broadcast(buffer, source)
+        dist.broadcast(buffer, group_src=source, group=self.group)
         return bytes(buffer.numpy()).decode()
 
     def gather(self, text: str) -> list[str]:
         """Every rank's text, on every rank."""
         return [self.broadcast(text, source) for source in range(self.size)]
+
+
+def _group_of(ranks: list[int] | None) -> Any:
+    return dist.new_group(ranks, timeout=TIMEOUT, use_local_synchronization=ranks is not None)
 
 
 @contextlib.contextmanager

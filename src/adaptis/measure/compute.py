@@ -63,6 +63,7 @@ class StageCompute:
         recompute: bool = False,
         seed: int = 0,
         autocast: torch.dtype | None = None,
+        first: int = 0,
     ) -> None:
         """Take a stage.
 
@@ -74,13 +75,14 @@ class StageCompute:
             recompute: whether F keeps its input alone and R repeats it.
             seed: of the random numbers that layers draw.
             autocast: what products are computed in, where it is not the parameters' own type.
+            first: the number that micro-batch 0 has in the step, among those of all replicas.
         """
         self.module = module
         self.losses: dict[int, Tensor] = {}  # micro-batch -> this stage's share of the step's loss
         self._model = model
         self._last = last
         self._recompute = recompute
-        self._seed, self._autocast = seed, autocast
+        self._seed, self._autocast, self._first = seed, autocast, first
         self._device = next((p.device for p in module.parameters()), torch.device("cpu"))
         self._saved: dict[int, _Saved] = {}
         self._pending: dict[int, Pending] = {}
@@ -99,7 +101,8 @@ class StageCompute:
         What is handed from stage to stage, here and below, is a tensor or a `values.Bundle`.
         `weight` multiplies the summed loss: 1 / (tokens of the whole step).
         """
-        saved = _Saved(microbatch, m, step, weight, None if inputs is None else entries(inputs))
+        number, given = self._first + m, None if inputs is None else entries(inputs)
+        saved = _Saved(microbatch, number, step, weight, given)
         self._saved[m] = saved
         if self._recompute:
             saved.buffers = self._buffers()

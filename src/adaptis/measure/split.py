@@ -99,7 +99,7 @@ class _Later(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, use: _Use, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.use = use
-        return weight.new_empty(0)
+        return torch.empty(0, dtype=weight.dtype, device=weight.device)
 
     @staticmethod
     @once_differentiable

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from adaptis.errors import InputError
 from adaptis.measure.random import begin_layer
@@ -52,6 +53,10 @@ class StageModule(nn.Module):
     @abstractmethod
     def global_buffers(self) -> dict[str, Tensor]:
         """The buffers that belong in a checkpoint, by global name."""
+
+    def layer_modules(self) -> list[nn.Module]:
+        """The layers, or where they are in pieces the parts of them, in their order."""
+        return [self]
 
     @abstractmethod
     def layer_parameters(self) -> dict[int, list[nn.Parameter]]:
@@ -92,8 +97,8 @@ def auxiliary_loss(loss: Tensor) -> None:
     It counts by the micro-batch's share of the tokens of the step, as the loss itself does, so that
     neither the cut nor the number of micro-batches matters.
     """
-    if _losses is not None:
-        _losses.append(loss)
+    if _losses is not None:  # in float32 at least: a cut must not change how the sum is rounded
+        _losses.append(loss.to(torch.promote_types(loss.dtype, torch.float32)))
 
 
 @contextmanager
@@ -289,6 +294,9 @@ class _ChainStage(StageModule):
             for name, buffer in persistent_buffers(layer).items()
         }
 
+    def layer_modules(self) -> list[nn.Module]:
+        return list(self.layers.values())
+
     def layer_parameters(self) -> dict[int, list[nn.Parameter]]:
         return {int(index): list(layer.parameters()) for index, layer in self.layers.items()}
 
@@ -311,7 +319,7 @@ def _specimen(maker: nn.Module | Callable[[], nn.Module], index: int) -> nn.Modu
     if isinstance(maker, nn.Module):
         return maker
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Valueless():
             module: Any = maker()
     except Exception as error:
         raise InputError(
@@ -323,6 +331,18 @@ def _specimen(maker: nn.Module | Callable[[], nn.Module], index: int) -> nn.Modu
             f"layer {index} makes a {type(module).__name__}, a torch.nn.Module is needed"
         )
     return module
+
+
+class _Valueless(TorchFunctionMode):
+    """Leaves initial values out: on the meta device torch loads its compiler to compute nothing."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
 
 
 def _kind(module: nn.Module, index: int, num_layers: int) -> str:
