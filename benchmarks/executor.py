@@ -12,7 +12,8 @@ all their threads.
 1F1B is torch's own class; interleaved and ZBV are dumped by torch and read by us. The trivial
 layers show what an instruction costs beside its arithmetic: `us/instr` is the step divided by the
 computations, sends and receives of one rank. `loop` is what our loop adds to an instruction in one
-process, outside of the computation itself.
+process, outside of the computation itself. `the timeline` is what recording costs: two clock
+readings and a row for each computation, as a share of our step where that is largest.
 
 Prints a table, writes `benchmarks/results/executor-DATE.json`.
 """
@@ -42,7 +43,7 @@ from adaptis.files import write_json
 from adaptis.lower import lower
 from adaptis.measure.stage import Chain
 from adaptis.plan import Plan, Stage, named_plan
-from adaptis.program import Compute, Op
+from adaptis.program import Compute, Op, parts
 from adaptis.schedules import SCHEDULES
 from adaptis.schedules.shape import Shape
 
@@ -181,7 +182,21 @@ def race(world: World, model: str, name: str, steps: int) -> dict[str, Any]:
     pairs = zip(ours.parameters.values(), theirs.parameters, strict=True)
     assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-5) for a, b in pairs)
     row = lower(plan).devices[world.rank]
-    return {"times": times, "instructions": len(row) - 1}
+    computations = sum(len(parts(instruction)) for instruction in row)
+    return {"times": times, "instructions": len(row) - 1, "computations": computations}
+
+
+def recording_cost(count: int = 10_000) -> float:
+    """Seconds that one row of the timeline costs."""
+    clock, compute, found = time.perf_counter, Compute(Op.FORWARD, 0, 0), []
+    for _ in range(21):
+        rows: list[tuple[Compute, float, float]] = []
+        start = clock()
+        for _ in range(count):
+            begin = clock()
+            rows.append((compute, begin, clock()))
+        found.append((clock() - start) / count)
+    return median(found)
 
 
 def loop_cost(world: World, steps: int) -> float:
@@ -245,6 +260,7 @@ def judged(model: str, name: str, ranks: list[dict[str, Any]]) -> dict[str, Any]
         "processor_ratio": processor("ours") / processor("torch"),
         "ratio_quartiles": [ratios[len(ratios) // 4], ratios[3 * len(ratios) // 4]],
         "instructions_per_rank": count,
+        "computations_per_rank": ranks[0]["computations"],
         "ours_microseconds_per_instruction": median(ours) / count * 1e6,
         "torch_microseconds_per_instruction": median(theirs) / count * 1e6,
     }
@@ -277,8 +293,19 @@ def main() -> None:
         )
     (loop,) = launch(loop_rank, 1, arguments.steps)
     print(f"the loop adds {loop * 1e6:.1f} us to an instruction")
+    recording = recording_cost()
+    share = max(r["computations_per_rank"] * recording / r["ours_seconds"] for r in results)
+    print(
+        f"the timeline costs {recording * 1e6:.2f} us a computation, at most {share:.3%} of a step"
+    )
     output = HERE / "results" / f"executor-{time.strftime('%Y-%m-%d')}.json"
-    result = {"torch": torch.__version__, "rows": results, "loop_seconds_per_instruction": loop}
+    result = {
+        "torch": torch.__version__,
+        "rows": results,
+        "loop_seconds_per_instruction": loop,
+        "recording_seconds_per_computation": recording,
+        "recording_share_of_step": share,
+    }
     write_json(output, result)
     print(f"written to {output}")
 

@@ -51,6 +51,7 @@ def test_an_option_that_must_be_a_string_is_one(text, kept):
         (f"[train]\nsteps = {10**30}", "a smaller integer is needed"),
         ("[train]\ndevices = 0", "train.devices is 0"),
         ("[train]\nmicrobatches = -1", "train.microbatches is -1"),
+        ('[train]\nautocast = "half"', "train.autocast is 'half'; give bfloat16, or leave"),
         ("[train]\nlearning_rate = nan", "train.learning_rate is nan, a finite number is needed"),
         ("[train]\nsearch_seconds = inf", "a finite number is needed"),
         ("[train]\nsearch_seconds = -1", "at least 0 is needed"),

@@ -47,6 +47,8 @@ class TrainSection:
     microbatches: int = 8
     steps: int = 20
     learning_rate: float = 1e-3
+    max_norm: float = 0.0  # gradients are clipped to this global norm; 0: they are not
+    autocast: str = ""  # "bfloat16": products are computed in it; empty: in the weights' type
     seed: int = 0
     plan: str = "auto"  # or the path of a plan
     search_seconds: float = 5.0
@@ -74,11 +76,13 @@ _LEAST = {
     ("train", "save_every"): 0,
     ("train", "search_seconds"): 0,
     ("train", "learning_rate"): 0,
+    ("train", "max_norm"): 0,
     ("data", "vocabulary"): 0,
     ("data", "sequence"): 0,
     ("data", "batch_size"): 0,
 }
 _WORDS = ("plan", "folder", "preset")  # strings that cannot be empty
+_CHOICES = {"autocast": ("", "bfloat16")}
 
 
 def load_config(path: str | Path | None, overrides: dict[str, str] | None = None) -> Config:
@@ -146,6 +150,10 @@ def _section(name: str, value: object, where: str) -> Any:
         result[key] = _item(f"{where}: {name}.{key}", given, hints[key], _LEAST.get((name, key)))
         if key in _WORDS and not result[key]:
             raise InputError(f"{where}: {name}.{key} is empty; give one, or leave the key out")
+        if result[key] not in _CHOICES.get(key, (result[key],)):
+            raise InputError(
+                f"{where}: {name}.{key} is {given!r}; give {_CHOICES[key][1]}, or leave the key out"
+            )
     return kind(**result)
 
 

@@ -364,7 +364,7 @@ def train_config(
         Error: one sentence about what was wrong.
     """
     from adaptis.execute.data import TextBatches
-    from adaptis.execute.train import adamw, train
+    from adaptis.execute.train import adamw, autocast_type, train
     from adaptis.measure.zoo import load_preset, read_preset
 
     settings, data, recipe = config.train, config.data, read_preset(config.model.preset)
@@ -389,6 +389,8 @@ def train_config(
         optimizer=adamw(settings.learning_rate),
         seed=settings.seed,
         search_seconds=settings.search_seconds,
+        max_norm=settings.max_norm,
+        autocast=autocast_type(settings.autocast),
         folder=settings.folder,
         save_every=settings.save_every,
         resume=settings.resume,
