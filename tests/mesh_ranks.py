@@ -57,6 +57,24 @@ def odd():
     return Chain(makers, loss=exact, name="odd")
 
 
+def transformer():
+    from transformers import LlamaConfig
+
+    from adaptis.measure.huggingface import HuggingFaceModel
+
+    config = LlamaConfig(
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=tiny.WIDTH,
+        intermediate_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    made = HuggingFaceModel(config, dtype=torch.float64)
+    made.loss = exact
+    return made
+
+
 def _double(kind):
     sizes = {
         nn.Embedding: (tiny.VOCABULARY, tiny.WIDTH),
@@ -70,6 +88,11 @@ def parallelize(layer, mesh):
     match layer:
         case tiny.Block():
             parallelize_module(layer, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        case nn.Module(mlp=nn.Module()):
+            columns, rows = ColwiseParallel(), RowwiseParallel()
+            parallelize_module(
+                layer.mlp, mesh, {"gate_proj": columns, "up_proj": columns, "down_proj": rows}
+            )
         case nn.Embedding():
             parallelize_module(layer, mesh, RowwiseParallel(input_layouts=Replicate()))
         case nn.Linear():

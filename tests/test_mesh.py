@@ -52,6 +52,7 @@ SLOW = {
     "fsdp odd": ({"pp": 2, "fsdp": 2}, mesh_ranks.odd, SPLIT, {"uneven": True, "max_norm": 0.3}),
     "fsdp gathered often": ({"pp": 2, "fsdp": 2}, model, sharded(SPLIT), {"uneven": True}),
     "tp fused": ({"pp": 2, "tp": 2}, model, FUSED, {"max_norm": 0.3}),
+    "tp transformers": ({"pp": 2, "tp": 2}, mesh_ranks.transformer, SPLIT, {"max_norm": 0.3}),
     "tp folded": ({"pp": 2, "tp": 2}, tied, FOLDED, {}),
     "fsdp tp": ({"pp": 2, "fsdp": 2, "tp": 2}, tied, FUSED, {"uneven": True, "max_norm": 0.3}),
     "dp fsdp": ({"pp": 2, "dp": 2, "fsdp": 2}, tied, FOLDED, {"uneven": True, "max_norm": 0.3}),
@@ -83,7 +84,9 @@ def expected(name):
     gradients, max_norm = [], options.get("max_norm", 0.0)
     made = make()
     reference = Reference(made, optimizer=tiny.sgd, seed=mesh_ranks.SEED, max_norm=max_norm)
-    named = reference.module.global_parameters()
+    module = reference.module
+    named = (module.global_parameters if isinstance(made, Chain) else module.named_parameters)()
+    named = dict(named)
     reference.optimizer.register_step_pre_hook(
         lambda *_: gradients.append(
             {n: p.grad.numpy().copy() for n, p in named.items() if p.grad is not None}
@@ -95,11 +98,7 @@ def expected(name):
         return [microbatch for part in parts for microbatch in part]
 
     losses = [reference.step(batch(step)) for step in range(mesh_ranks.STEPS)]
-    reference.module.eval()
-    last = batch(mesh_ranks.STEPS)
-    weight = 1.0 / sum(made.weight(m) for m in last)
-    with torch.no_grad():
-        loss = sum(float(made.loss(reference.module(None, m), m) * weight) for m in last)
+    loss = reference.evaluate(batch(mesh_ranks.STEPS))
     return losses, loss, gradients, {n: p.detach().numpy() for n, p in named.items()}
 
 

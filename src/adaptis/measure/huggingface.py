@@ -179,6 +179,12 @@ class _Stage(StageModule):
             if self.start <= self._anatomy.owner.get(name.rpartition(".")[0], -1) < self.stop
         }
 
+    def layer_modules(self) -> list[nn.Module]:
+        owner = self._anatomy.owner
+        names = [name for name, layer in owner.items() if self.start <= layer < self.stop]
+        outer = [name for name in names if name.rpartition(".")[0] not in owner]
+        return [self.model.get_submodule(name) for name in sorted(outer, key=owner.__getitem__)]
+
     def layer_parameters(self) -> dict[int, list[nn.Parameter]]:
         found: dict[int, dict[int, nn.Parameter]] = {i: {} for i in range(self.start, self.stop)}
         for name, module in self.model.named_modules():
