@@ -4,6 +4,7 @@ import functools
 import resource
 from pathlib import Path
 
+import pytest
 import torch
 from test_transparency import plan_of
 from torch import nn
@@ -68,6 +69,7 @@ def train(world):
     return [session.step(batch).loss for _ in range(2)]
 
 
+@pytest.mark.slow
 def test_four_ranks_train_under_a_limit_in_which_one_process_cannot_build_the_model():
     ranks = launch(limited_rank, 4)
     for losses, _ in ranks:

@@ -199,9 +199,9 @@ def test_the_tables_and_the_figure_show_every_case():
         "case": "one-4x16", "group": "cells", "devices": 4, "microbatches": 16, "priced": False,
         "tight": False, "unequal": False, "bound": 1.0, "binding": "work", "measured": 1.4,
         "interleaved": 1.65, "best_baseline": "zb-v", "best_baseline_step": 1.21,
-        "published": {"step": None}, "whole": answer,
+        "published": {"step": None}, "whole": answer, "sharded": answer | {"step": 1.0},
     }  # fmt: skip
     text = tables.summary([row, row | {"case": "two-4x16", "whole": lost}])
-    assert "| one-4x16 | 1.364 | nan | 1.500 | nan | 1.650 | 1.400 | zb-v | 10.0% |" in text
+    assert "| one-4x16 | 1.364 | nan | 1.500 | 1.650 | 1.650 | 1.400 | zb-v | 10.0% |" in text
     assert "- two-4x16, whole: InfeasibleError: too little" in text
     assert figure.draw([row]).count("one-4x16") == 3  # the baseline, ours, and the time
