@@ -243,6 +243,7 @@ def test_an_interrupt_ends_every_process_at_once_with_one_sentence(folder, first
     assert orphans == []
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_run_named_with_its_place(folder, first):
     status, text, seconds, orphans = disturbed(
         folder, first, lambda run, ranks: os.kill(max(ranks), signal.SIGKILL)
@@ -270,6 +271,7 @@ def script(tmp_path, guard):
     )
 
 
+@pytest.mark.slow
 def test_a_script_trains_a_chain_of_functions_and_one_of_modules(tmp_path):
     found = script(tmp_path, 'if __name__ == "__main__":')
     assert found.returncode == 0, found.stderr
