@@ -21,7 +21,7 @@ import torch
 
 from adaptis.errors import InputError
 from adaptis.execute import learning
-from adaptis.execute.rows import Index, assemble, part_of, value_of
+from adaptis.execute.rows import Index, assemble, rows_of, value_of
 from adaptis.execute.storage import (
     Checkpoint,
     candidates,
@@ -228,7 +228,7 @@ def _owners(session: Session) -> dict[str, int]:
 
 
 def _is_held(name: str, owners: dict[str, int]) -> bool:
-    whole = part_of(name).whole
+    whole = rows_of(name).name
     return whole != name and whole in owners
 
 
@@ -286,8 +286,8 @@ def load(session: Session, path: Path) -> Checkpoint:
 
 def _same_model(session: Session, found: Checkpoint, names: dict[str, int]) -> None:
     saved = (name for name in found.tensors if name.startswith(("param/", "buffer/")))
-    there = {part_of(name).whole for name in saved}
-    here = {part_of(name).whole for name in names}
+    there = {rows_of(name).name for name in saved}
+    here = {rows_of(name).name for name in names}
     for lacking, holder, other in (
         (here - there, found.path, session.model.name),
         (there - here, session.model.name, found.model),

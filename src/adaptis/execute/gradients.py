@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from adaptis.execute.head import Rows
     from adaptis.execute.mesh import Mesh
+    from adaptis.execute.rows import Rows
 
 _TAG = 1 << 30  # above every tag of the transport
 

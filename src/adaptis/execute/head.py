@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adaptis.errors import InputError, PlanError
+from adaptis.execute.rows import Rows
 from adaptis.measure.stage import IGNORED_LABEL
 from adaptis.program import Kind
 
@@ -44,18 +45,6 @@ if TYPE_CHECKING:
     from adaptis.measure.stage import Microbatch, TorchModel
 
     Waits = dict[Kind, Callable[[], Any]]  # for each value that a sum leaves: wait for it
-
-
-@dataclass(frozen=True, slots=True)
-class Rows:
-    """Rows [start, stop) of a parameter of the whole model."""
-
-    name: str  # of the whole
-    start: int
-    stop: int
-
-    def __str__(self) -> str:
-        return f"{self.name}[{self.start}:{self.stop}]"
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,18 +22,22 @@ if TYPE_CHECKING:
 _PART = re.compile(r"(.*)\[(\d+):(\d+)\]")
 
 
-class Part(NamedTuple):
-    """Rows [start, stop) of a parameter; `stop` is 0 where it is whole."""
+class Rows(NamedTuple):
+    """Rows [start, stop) of a parameter of the whole model; `stop` is 0 where all are meant."""
 
-    whole: str
-    start: int
-    stop: int
+    name: str  # of the whole
+    start: int = 0
+    stop: int = 0
+
+    def __str__(self) -> str:
+        """The name under which they are known; `rows_of` reads it."""
+        return f"{self.name}[{self.start}:{self.stop}]" if self.stop else self.name
 
 
-def part_of(name: str) -> Part:
+def rows_of(name: str) -> Rows:
     """What a name stands for."""
     found = _PART.fullmatch(name)
-    return Part(found[1], int(found[2]), int(found[3])) if found else Part(name, 0, 0)
+    return Rows(found[1], int(found[2]), int(found[3])) if found else Rows(name)
 
 
 class Index:
@@ -42,7 +46,7 @@ class Index:
     def __init__(self, names: Iterable[str]) -> None:
         self._names: dict[str, list[tuple[int, int, str]]] = {}
         for name in names:
-            whole, start, stop = part_of(name)
+            whole, start, stop = rows_of(name)
             self._names.setdefault(whole, []).append((start, stop, name))
         for parts in self._names.values():
             parts.sort()
@@ -52,7 +56,7 @@ class Index:
 
         The rows are (0, 0) where all of what was saved under a name is meant.
         """
-        whole, start, stop = part_of(name)
+        whole, start, stop = rows_of(name)
         parts = self._names.get(whole, [])
         if any(saved == name for _, _, saved in parts):
             return [(name, 0, 0)]

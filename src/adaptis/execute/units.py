@@ -5,6 +5,7 @@ When that happens is for `mesh` to say.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any, cast
 
@@ -43,7 +44,7 @@ def layout_of(parameter: Tensor) -> str:
     return f"{parameter.placements} of {parameter.device_mesh.mesh_dim_names}"
 
 
-class Unit:
+class Unit(ABC):
     """Parameters whose gradients are summed together over the replicas."""
 
     def __init__(self, data: World, stages: Iterable[int]) -> None:
@@ -54,31 +55,39 @@ class Unit:
         self._present = torch.empty(0)  # for each parameter: how many replicas have a gradient
         self._works: list[Any] = []
 
+    @abstractmethod
     def parameters(self) -> list[nn.Parameter]:
         """As they are now, whole or in parts; those that are trained."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gather(self) -> None:
         """Start making them whole."""
 
+    @abstractmethod
     def wait(self) -> None:
         """Until they are whole."""
 
+    @abstractmethod
     def free(self) -> None:
         """Keep this rank's part alone."""
 
+    @abstractmethod
     def reduce(self) -> None:
         """Start summing."""
-        raise NotImplementedError
 
     def finish(self) -> None:
         """Until the sums are there; where no replica has a gradient there is none."""
         for work in self._works:
             work.wait()
         self._works.clear()
+        self._unpack()
         for parameter, count in zip(self.parameters(), self._present.tolist(), strict=True):
             if not count:
                 parameter.grad = None
+
+    @abstractmethod
+    def _unpack(self) -> None:
+        """Put sums that came packed in their places."""
 
     def _complete(self) -> list[nn.Parameter]:
         """The parameters, each with a gradient; `_present` says which ones had it before."""
@@ -107,6 +116,15 @@ class Whole(Unit):
         """All of them."""
         return self._parameters
 
+    def gather(self) -> None:
+        """They are whole."""
+
+    def wait(self) -> None:
+        """They are whole."""
+
+    def free(self) -> None:
+        """They stay whole."""
+
     @torch.no_grad()
     def reduce(self) -> None:
         """Start summing, each where it lies or packed with others."""
@@ -129,17 +147,12 @@ class Whole(Unit):
             self._sum(flat)
 
     @torch.no_grad()
-    def finish(self) -> None:
-        """Until the sums are there, and unpacked."""
-        for work in self._works:
-            work.wait()
-        self._works.clear()
+    def _unpack(self) -> None:
         for flat, tensors in self._packed:
             parts = flat.view(-1).split([tensor.numel() for tensor in tensors])
             for tensor, part in zip(tensors, parts, strict=True):
                 tensor.copy_(part.view_as(tensor))
         self._packed.clear()
-        super().finish()
 
 
 class Sharded(Unit):
@@ -192,6 +205,9 @@ class Sharded(Unit):
         else:
             self._shards.reshard()
         self._whole = False
+
+    def _unpack(self) -> None:
+        """Torch has put them where they belong."""
 
 
 class _View(nn.Module):
