@@ -1,6 +1,6 @@
 """How fast the executor is, beside `torch.distributed.pipelining`.
 
-    python benchmarks/executor.py [--steps 100] [--only small]
+    python benchmarks/executor.py [--steps 100] [--only small] [--gloo]
 
 Two processes of one thread each train the same model from the same weights on the same batches
 under the same schedule, a step of ours and a step of torch's in turn; whoever was first is second
@@ -8,6 +8,9 @@ the next time. A step goes from a barrier to the moment when the last rank has u
 and knows the loss of the batch. Both must have the same weights in the end. `ratio` is the median
 of the pairs' ratios, `CPU` the ratio of the processor seconds that both ranks spend on a step with
 all their threads.
+
+Torch's values pass over gloo; ours through memory that the processes share, or with `--gloo` over
+gloo as well.
 
 1F1B is torch's own class; interleaved and ZBV are dumped by torch and read by us. The trivial
 layers show what an instruction costs beside its arithmetic: `us/instr` is the step divided by the
@@ -38,6 +41,7 @@ from torch.distributed.pipelining import PipelineStage, schedules
 from adaptis.exchange.torch_csv import read_schedule
 from adaptis.execute.launch import launch
 from adaptis.execute.session import Session
+from adaptis.execute.wire import TorchWire
 from adaptis.execute.world import seated
 from adaptis.files import write_json
 from adaptis.lower import lower
@@ -223,9 +227,11 @@ def loop_cost(world: World, steps: int) -> float:
 
 
 def executor_rank(
-    seat: Seat, connection: Connection, cases: list[tuple[str, str]], steps: int
+    seat: Seat, connection: Connection, cases: list[tuple[str, str]], steps: int, gloo: bool
 ) -> list[dict[str, Any]]:
     with seated(seat, connection) as world:
+        if gloo:
+            world.wires[world.ranks()] = TorchWire()
         return [
             race(world, model, name, steps // 4 if model == "medium" else steps)
             for model, name in cases
@@ -272,6 +278,7 @@ def main() -> None:
         "--steps", type=int, default=100, help="timed steps of each; medium: a quarter"
     )
     parser.add_argument("--only", choices=[*MODELS], help="only this model")
+    parser.add_argument("--gloo", action="store_true", help="our values pass over gloo, too")
     arguments = parser.parse_args()
     models = [arguments.only] if arguments.only else [*MODELS]
     cases = [(model, name) for model in models for name in PLACEMENTS]
@@ -279,7 +286,7 @@ def main() -> None:
         f"{'model':8} {'schedule':12} {'ours':>10} {'torch':>10} {'ratio':>6} "
         f"{'middle half':>13} {'CPU':>6} {'us/instr':>9} {'torch':>7}"
     )
-    ranks = launch(executor_rank, 2, cases, arguments.steps)
+    ranks = launch(executor_rank, 2, cases, arguments.steps, arguments.gloo)
     results = []
     for index, case in enumerate(cases):
         row = judged(*case, [rank[index] for rank in ranks])
@@ -298,7 +305,8 @@ def main() -> None:
     print(
         f"the timeline costs {recording * 1e6:.2f} us a computation, at most {share:.3%} of a step"
     )
-    output = HERE / "results" / f"executor-{time.strftime('%Y-%m-%d')}.json"
+    name = "executor-gloo" if arguments.gloo else "executor"
+    output = HERE / "results" / f"{name}-{time.strftime('%Y-%m-%d')}.json"
     result = {
         "torch": torch.__version__,
         "rows": results,

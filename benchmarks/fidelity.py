@@ -7,9 +7,9 @@
    round (the machine's speed drifts), so that prediction and measurement have the same weather.
    The losses must be those of plain training. Memory: the peak of each device as predicted, beside
    what was counted in one more step.
-2. Layers that sleep for their given time, four and eight processes: what is left is the order,
-   the waiting and the transfers. The profile is what was given, plus what a sleep takes too long;
-   that and the time of a message are measured beside the run, without it.
+2. Layers that sleep for the published times of two models, four and eight processes: what is left
+   is the order, the waiting and the transfers. The profile is what was given, plus what a sleep
+   takes too long; that and what a message costs are measured beside the run, without it.
 
 Errors are predicted / measured - 1, of the median step. Prints tables, writes
 `benchmarks/results/fidelity-DATE.json` and the scatter plots `fidelity-DATE.svg` and `.png`.
@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from running.figure import scatter
 from running.models import attention_chain, random_tokens, uneven_chain
-from running.sleeping import predict, sleeping_profile, sleeping_rank
+from running.sleeping import predict, sleeping_rank
 
 from adaptis.cluster import Cluster, cluster_from_json, uniform
 from adaptis.console import table
@@ -39,7 +39,7 @@ from adaptis.execute.train import adamw
 from adaptis.files import write_bytes, write_json, write_text
 from adaptis.measure.zoo import load_preset, read_preset
 from adaptis.plan import plan_from_json, plan_to_json
-from adaptis.profile import Profile, profile_from_json
+from adaptis.profile import Profile, load_profile, profile_from_json, profile_to_json
 from adaptis.report import png, svg
 from adaptis.search import BASELINES, Stop, search
 from adaptis.simulate import simulate_plan
@@ -52,9 +52,11 @@ if TYPE_CHECKING:
     from adaptis.plan import Plan
 
 HERE = Path(__file__).parent
+PROFILES = HERE.parent / "tests" / "data" / "profiles"
 MICROBATCHES, WARMUP = 8, 2
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "1f1b-uneven")
 CHAINS = {"attention": attention_chain, "uneven": uneven_chain}
+ASLEEP = ((4, "nemotron-nano-v2-9b"), (8, "llama3-70b"))
 MODELS = ("demo-hybrid", "demo-large-vocabulary", *CHAINS)
 
 
@@ -110,23 +112,21 @@ def study_real(name: str, steps: int) -> list[dict[str, Any]]:
     return rows
 
 
-def study_sleeping(size: int, steps: int) -> list[dict[str, Any]]:
-    """All schedules on `size` processes whose layers sleep."""
-    scale = size / 4  # more processes share the same cores: what is not sleep must stay small
-    given = sleeping_profile(size, scale)
-    plans = plans_of(given, uniform(size), 2 * size, seconds=2.0)
-    values = [plan_to_json(plan) for plan in plans]
-    texts = [json.dumps(value) for value in values]
-    found = launch(sleeping_rank, size, texts, scale, steps)[0]
+def study_sleeping(size: int, name: str, steps: int) -> list[dict[str, Any]]:
+    """All schedules on `size` processes whose layers sleep for the published times of a model."""
+    given = load_profile(PROFILES / f"{name}.json")
+    plans = plans_of(given, uniform(size), MICROBATCHES, seconds=2.0)
+    texts = [json.dumps(plan_to_json(plan)) for plan in plans]
+    found = launch(sleeping_rank, size, json.dumps(profile_to_json(given)), texts, steps)[0]
     return [
         judged(
-            f"sleeping, {size} processes",
+            f"{name} asleep, {size} processes",
             plan.schedule,
-            predict(given, value, each),
+            predict(given, plan, each),
             each["measured_seconds"],
         )
         | each
-        for plan, value, each in zip(plans, values, found, strict=True)
+        for plan, each in zip(plans, found, strict=True)
     ]
 
 
@@ -182,8 +182,8 @@ def main() -> None:
             real += rows
             show(rows)
     if arguments.only != "real":
-        for size in (4, 8):
-            rows = study_sleeping(size, max(3, arguments.steps // 2))
+        for size, name in ASLEEP:
+            rows = study_sleeping(size, name, max(3, arguments.steps // 2))
             sleeping += rows
             show(rows)
     figures = {

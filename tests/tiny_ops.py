@@ -10,7 +10,8 @@ from torch.nn import functional
 
 from adaptis.errors import RankError
 from adaptis.execute.session import Session
-from adaptis.execute.transport import TorchTransport
+from adaptis.execute.transport import WireTransport
+from adaptis.execute.wire import wire_of
 from adaptis.execute.world import seated
 from adaptis.measure.stage import Chain
 from adaptis.measure.values import Bundle
@@ -87,16 +88,16 @@ def transfer(world):
         ]
         session.step(batch)
         counts.append(session._transport.buffers.count())
-    return counts, _hand_over(world.rank) if world.rank < 2 else True
+    return counts, _hand_over(world) if world.rank < 2 else True
 
 
-def _hand_over(rank):
+def _hand_over(world):
     """A bundle of two types through a transport, and how it refuses another form."""
     values = [Value(Kind.OUTPUT, 0, m) for m in range(3)]
     there = Bundle("[0,1]", (torch.arange(3.0), torch.tensor([[True], [False]])))
-    transport = TorchTransport(2, 3)
+    transport = WireTransport(2, 3, wire_of(world))
     transport.begin(["same"] * 3)
-    if rank == 0:
+    if world.rank == 0:
         transport.send(values[0], 1, there)
         transport.send(values[1], 1, there)
         try:

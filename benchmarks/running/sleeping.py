@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import functools
 import json
-import random
 import time
 from dataclasses import replace
-from statistics import fmean, median
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from adaptis.cluster import Link, uniform
+from adaptis.execute.links import measure_links, typical
 from adaptis.execute.session import Session
 from adaptis.execute.world import seated
 from adaptis.measure.stage import Chain
 from adaptis.plan import plan_from_json
-from adaptis.profile import LayerCost, Overheads, Profile
+from adaptis.profile import Overheads, profile_from_json
 from adaptis.simulate import simulate_plan
 from running.models import numbers, squares
 
@@ -30,26 +29,16 @@ if TYPE_CHECKING:
     from adaptis.execute.launch import Seat
     from adaptis.execute.world import World
     from adaptis.measure.stage import Microbatch
+    from adaptis.plan import Plan
+    from adaptis.profile import Profile
 
 WIDTH, ROWS = 16, 4
+LONG = 20e-3  # seconds of an ordinary computation: the longer a core has slept, the later it wakes
 COMPUTING = ("forward", "backward", "backward_input", "backward_weight")
 
 
-def sleeping_profile(num_devices: int, scale: float = 1.0) -> Profile:
-    """Three layers of unequal times for each device, the same at each call; seconds x `scale`."""
-    draw = random.Random(num_devices)
-    layers = []
-    for index in range(3 * num_devices):
-        forward = scale * draw.choice((2e-3, 3e-3, 5e-3))
-        half, weight = 1.1 * forward, 0.8 * forward
-        layers.append(
-            LayerCost(f"layers.{index}", "sleeping", forward, half, weight, half + weight)
-        )
-    return Profile("sleeping", 1, tuple(layers))
-
-
 def sleeping_model(profile: Profile) -> Chain:
-    """As many layers, which do next to nothing by themselves."""
+    """As many layers as the profile has, which do next to nothing by themselves."""
     makers = [functools.partial(nn.Linear, WIDTH, WIDTH)] * profile.num_layers
     return Chain(makers, squares, name="sleeping", weight=numbers)
 
@@ -78,28 +67,11 @@ def oversleep(world: World) -> float:
     """Seconds that a sleep takes too long when all ranks sleep, the mean of all."""
     found = []
     world.barrier()
-    for _ in range(40):
+    for _ in range(20):
         begin = time.perf_counter()
-        time.sleep(3e-3)
-        found.append(time.perf_counter() - begin - 3e-3)
-    return world.sum(fmean(sorted(found)[4:-4])) / world.size
-
-
-def idle_latency(world: World) -> float:
-    """Seconds that a small message takes between ranks 0 and 1 while nobody computes."""
-    message, trips = torch.zeros(ROWS, WIDTH), []
-    world.barrier()
-    for _ in range(30 if world.rank < 2 else 0):
-        time.sleep(1e-3)
-        begin = time.perf_counter()
-        if world.rank == 0:
-            dist.send(message, 1)
-            dist.recv(message, 1)
-        else:
-            dist.recv(message, 0)
-            dist.send(message, 0)
-        trips.append((time.perf_counter() - begin) / 2)
-    return world.sum(median(trips) if world.rank == 0 else 0.0)
+        time.sleep(LONG)
+        found.append(time.perf_counter() - begin - LONG)
+    return world.sum(typical(found)) / world.size
 
 
 def ones(count: int) -> list[Microbatch]:
@@ -108,41 +80,43 @@ def ones(count: int) -> list[Microbatch]:
 
 
 def sleeping_rank(
-    seat: Seat, connection: Connection, texts: list[str], scale: float, steps: int
+    seat: Seat, connection: Connection, given: str, plans: list[str], steps: int
 ) -> list[dict[str, Any]]:
-    """Each plan (as JSON) in turn, one step to warm up and `steps` timed ones."""
+    """Each plan (profile and plans as JSON) in turn, one step to warm up and `steps` timed ones."""
     with seated(seat, connection) as world:
-        given = sleeping_profile(world.size, scale)
+        profile = profile_from_json(json.loads(given))
+        cost = measure_links(world, 4 * ROWS * WIDTH, lambda _: time.sleep(LONG))
         return [
-            run_asleep(world, given, json.loads(text), key, steps) for key, text in enumerate(texts)
+            run_asleep(world, profile, plan_from_json(json.loads(text)), key, steps)
+            | {"latency_seconds": cost.link.latency}
+            | {"send_seconds": cost.send, "receive_seconds": cost.receive}
+            for key, text in enumerate(plans)
         ]
 
 
-def run_asleep(
-    world: World, given: Profile, value: dict[str, Any], key: int, steps: int
-) -> dict[str, Any]:
-    """One plan, predicted and measured."""
-    plan = plan_from_json(value)
+def run_asleep(world: World, given: Profile, plan: Plan, key: int, steps: int) -> dict[str, Any]:
+    """One plan measured, and what a sleep takes too long beside it."""
     sgd = functools.partial(torch.optim.SGD, lr=1e-3)
     session = Session(world, sleeping_model(given), plan, optimizer=sgd, key=key)
     fall_asleep(session, given)
-    extra, latency, results = [], [], []
+    extra, results = [], []
     for _ in range(1 + steps):
         extra.append(oversleep(world))
-        latency.append(idle_latency(world))
         world.barrier()
         results.append(session.step(ones(plan.num_microbatches)))
     measured = [session.timeline(result, plan.schedule).step for result in results[1:]]
     return {
         "oversleep_seconds": median(extra),
-        "latency_seconds": median(latency),
         "measured_seconds": median(measured),
     }
 
 
-def predict(given: Profile, value: dict[str, Any], found: dict[str, Any]) -> float:
+def predict(given: Profile, plan: Plan, found: dict[str, Any]) -> float:
     """Seconds of a step by the given times, and what sleeps and messages cost beside the run."""
-    plan = plan_from_json(value)
-    extra = Overheads(**dict.fromkeys(COMPUTING, found["oversleep_seconds"]))
+    extra = Overheads(
+        send=found["send_seconds"],
+        receive=found["receive_seconds"],
+        **dict.fromkeys(COMPUTING, found["oversleep_seconds"]),
+    )
     cluster = uniform(plan.num_devices, link=Link(found["latency_seconds"], 1e9))
     return simulate_plan(plan, replace(given, overheads=extra), cluster).step

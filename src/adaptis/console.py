@@ -127,6 +127,8 @@ def _news(kind: str, data: dict[str, Any]) -> list[str]:
         case "weights":
             unused = f", {len(data['unused'])} tensors unused" if data["unused"] else ""
             return [f"weights from {data['folder']}{unused}"]
+        case "evaluation":
+            return [f"held-out loss {data['loss']:.3f} after step {data['step']}"]
         case "left_out":
             return [f"{data['name']} is left out: {data['reason']}"]
     return []

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from adaptis.execute.executor import Executor, describe
 from adaptis.execute.offload import HostMemory
-from adaptis.execute.transport import TorchTransport
+from adaptis.execute.transport import WireTransport
+from adaptis.execute.wire import wire_of
 from adaptis.program import Compute, Join, Kind, Op, Overlap, Program, Receive, Send, Step, Together
 from adaptis.program import parts as parts_of
 
@@ -75,8 +76,8 @@ class Evaluation:
             s: _Forwards(stage, layout.is_last(s) and not layout.reductions, self._losses)
             for s, stage in stages.items()
         }
-        self._transport = TorchTransport(
-            program.num_stages, program.num_microbatches, group=world.group
+        self._transport = WireTransport(
+            program.num_stages, program.num_microbatches, wire_of(world)
         )
         self._executor = Executor(
             forwards, device, own, self._transport, world.progress, host=HostMemory(), head=head

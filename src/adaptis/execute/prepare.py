@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from adaptis.cluster import Cluster, Device, cluster_from_json, cluster_to_json
 from adaptis.errors import InputError
+from adaptis.execute.links import LinkCost, measure_links
 from adaptis.measure.layers import LayerMeter
-from adaptis.measure.links import LinkCost, measure_links
 from adaptis.profile import LayerCost, Overheads, Profile, profile_from_json, profile_to_json
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ class Measurement:
         profile = mean_profile([profile_from_json(json.loads(text)) for text in texts])
         if self._links is None:
             world.phase("measuring links")
-            self._links = measure_links(max(layer.output_bytes for layer in profile.layers))
+            largest = max(layer.output_bytes for layer in profile.layers)
+            self._links = measure_links(world, largest)
         cost = self._links
         profile = replace(
             profile,

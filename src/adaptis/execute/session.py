@@ -22,7 +22,8 @@ from adaptis.execute.gradients import Gradients
 from adaptis.execute.head import ShardedHead
 from adaptis.execute.mesh import Mesh, groups
 from adaptis.execute.offload import HostMemory
-from adaptis.execute.transport import TorchTransport
+from adaptis.execute.transport import WireTransport
+from adaptis.execute.wire import wire_of
 from adaptis.lower import lower
 from adaptis.measure.compute import StageCompute
 from adaptis.program import Compute, Op, Overlap, parts
@@ -128,8 +129,8 @@ class Session:
         self.optimizer = optimizer(trained) if trained else None
         self.schedule = schedule(self.optimizer) if schedule and self.optimizer else None
         self._gradients = Gradients(self.mesh, self.parameters, rows)
-        self._transport = TorchTransport(
-            self.program.num_stages, plan.num_microbatches, group=world.group
+        self._transport = WireTransport(
+            self.program.num_stages, plan.num_microbatches, wire_of(world)
         )
         self._executor = Executor(
             self.program,

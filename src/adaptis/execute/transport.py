@@ -1,4 +1,4 @@
-"""How values pass between devices: four verbs over `torch.distributed`.
+"""How values pass between devices: four verbs over a wire.
 
 Receives are posted ahead and waited for by their reader; sends are started and kept until they are
 done. On each directed link messages keep the order of the program, and each value carries a tag of
@@ -16,10 +16,9 @@ from __future__ import annotations
 import json
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from adaptis.errors import RankError
@@ -29,6 +28,7 @@ from adaptis.program import Kind, Value
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from adaptis.execute.wire import Wire, Work
     from adaptis.measure.values import Value as Content
 
 HEADER = 4096  # bytes of an announcement
@@ -78,23 +78,23 @@ _Key = tuple[Kind, int, int]  # kind, stage, number of the inputs' shapes
 class _Posted:
     form: _Form
     tensors: list[Tensor]
-    works: list[Any]
+    works: list[Work]
 
 
-class TorchTransport:
-    """Point-to-point messages of `torch.distributed`."""
+class WireTransport:
+    """Point-to-point messages."""
 
     def __init__(
         self,
         num_stages: int,
         num_microbatches: int,
+        wire: Wire,
         device: torch.device | str = "cpu",
-        group: Any = None,
     ) -> None:
-        """Between the ranks of `group`; None: all."""
+        """Of a program; `wire` knows the ranks."""
         self._num_stages = num_stages
         self._num_microbatches = num_microbatches
-        self._device, self._group = torch.device(device), group
+        self._wire, self._device = wire, torch.device(device)
         self._forms: dict[_Key, _Form] = {}
         self._announced: set[tuple[_Key, int]] = set()  # what was announced to whom
         self._numbers: dict[object, int] = {}  # signature of inputs -> its number
@@ -102,7 +102,7 @@ class TorchTransport:
         self._pending: dict[int, deque[Value]] = {}  # per source: asked for, form not known yet
         self._source: dict[Value, int] = {}
         self._posted: dict[Value, _Posted] = {}
-        self._sending: deque[tuple[Any, Tensor]] = deque()
+        self._sending: deque[tuple[Work, Tensor]] = deque()
         self.buffers = Buffers(self._device)
 
     def begin(self, signatures: Sequence[object]) -> None:
@@ -142,17 +142,11 @@ class TorchTransport:
         if (key, target) not in self._announced:
             self._announced.add((key, target))
             header = _encode(form).to(self._device)
-            self._start(self._isend(header, target, self._tag(value, header=True)), header)
+            self._start(self._wire.isend(header, target, self._tag(value, header=True)), header)
         for tensor in tensors:
-            self._start(self._isend(tensor, target, tag), tensor)
+            self._start(self._wire.isend(tensor, target, tag), tensor)
 
-    def _isend(self, tensor: Tensor, target: int, tag: int) -> Any:
-        return dist.isend(tensor, group_dst=target, group=self._group, tag=tag)
-
-    def _irecv(self, tensor: Tensor, source: int, tag: int) -> Any:
-        return dist.irecv(tensor, group_src=source, group=self._group, tag=tag)
-
-    def _start(self, work: Any, tensor: Tensor) -> None:
+    def _start(self, work: Work, tensor: Tensor) -> None:
         while self._sending and self._sending[0][0].is_completed():
             self._sending.popleft()
         self._sending.append((work, tensor))
@@ -173,7 +167,7 @@ class TorchTransport:
             value = pending.popleft()
             tag = self._tag(value)
             tensors = [self.buffers.take(shape) for shape in form.lying()]
-            works = [self._irecv(tensor, source, tag) for tensor in tensors]
+            works = [self._wire.irecv(tensor, source, tag) for tensor in tensors]
             self._posted[value] = _Posted(form, tensors, works)
 
     def wait(self, value: Value) -> Content:
@@ -182,7 +176,7 @@ class TorchTransport:
         while value not in self._posted:
             first = self._pending[source][0]
             header = torch.empty(HEADER, dtype=torch.uint8, device=self._device)
-            _wait(self._irecv(header, source, self._tag(first, header=True)))
+            self._wire.irecv(header, source, self._tag(first, header=True)).wait()
             self._forms[self._key(first)] = _decode(header)
             self._flush(source)
         posted = self._posted.pop(value)
@@ -239,11 +233,6 @@ class Buffers:
     def count(self) -> int:
         """How many there are."""
         return sum(map(len, self._buffers.values()))
-
-
-def _wait(work: Any) -> None:
-    """Torch's stubs say that a message of our own group may come without its work; it does not."""
-    work.wait()
 
 
 def _taken_apart(content: Content, known: _Form | None) -> tuple[_Form, Sequence[Tensor]]:

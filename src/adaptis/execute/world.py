@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,7 @@ class World:
     tell: Callable[..., None]  # ("say", kind, data) or what `watch.Account` takes
     cores: tuple[int, ...]  # that all ranks of this machine may use
     group: Any = None  # of processes; None: all that there are
+    wires: dict[tuple[int, ...], Any] = field(default_factory=dict)  # by ranks, see `wire`
 
     def along(self, mesh: DeviceMesh | None) -> World:
         """This rank among those of a part of a mesh; None: by itself."""
@@ -50,9 +51,15 @@ class World:
         group = mesh.get_group() if mesh.ndim == 1 else _group_of(ranks)
         return replace(self, rank=ranks.index(dist.get_rank()), size=len(ranks), group=group)
 
+    def ranks(self) -> tuple[int, ...]:
+        """The numbers of these ranks among all."""
+        if self.size == 1:
+            return (dist.get_rank(),)
+        return tuple(dist.get_process_group_ranks(self.group))
+
     def new_group(self) -> Any:
         """Another process group of the same ranks."""
-        return _group_of(None if self.group is None else dist.get_process_group_ranks(self.group))
+        return _group_of(None if self.group is None else list(self.ranks()))
 
     def say(self, kind: str, **data: Any) -> None:
         """Tell whoever watches; what other ranks than 0 say is not shown."""

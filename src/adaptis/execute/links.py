@@ -8,48 +8,63 @@ pair counts.
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
-from statistics import median
-from typing import Any, cast
+from statistics import fmean
+from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 
 from adaptis.cluster import Link
+from adaptis.execute.wire import wire_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from adaptis.execute.wire import Wire, Work
+    from adaptis.execute.world import World
 
 SMALL = 4096  # bytes
-ROUNDS = 15
+ROUNDS = 30
 BUSY = 2e-3  # seconds of computation beside each transfer
 _TAG = (1 << 30) - 1
 
 
 @dataclass(frozen=True, slots=True)
 class LinkCost:
-    """One directed link, and what a transfer costs the two ends' processors; seconds."""
+    """One directed link, and what a transfer costs the two ends' processors; seconds.
+
+    A value is at a waiting reader's after `send` + the link's latency and bytes + `receive`.
+    """
 
     link: Link
     send: float
     receive: float
 
 
-def measure_links(num_bytes: int) -> LinkCost:
+def measure_links(
+    world: World, num_bytes: int, beside: Callable[[float], None] | None = None
+) -> LinkCost:
     """Measure with messages of `num_bytes`, those that the layers exchange.
 
-    Every rank calls this.
+    Every rank calls this. `beside` is what the ranks do for some seconds meanwhile; None: compute.
     """
-    rank, size = dist.get_rank(), dist.get_world_size()
     num_bytes = max(num_bytes, 2 * SMALL)
-    slowest = LinkCost(Link(), 0.0, 0.0)
-    for left in range(size - 1):
-        dist.barrier()
-        numbers = torch.zeros(4, dtype=torch.float64)
-        if rank in (left, left + 1):
-            pair = _Pair(other=2 * left + 1 - rank, first=rank == left)
-            ways = (pair.one_way(SMALL), pair.one_way(num_bytes))
-            numbers = torch.tensor([*ways, *pair.exchange(num_bytes)], dtype=torch.float64)
-        dist.all_reduce(numbers, dist.ReduceOp.MAX)
-        small, large, send, receive = numbers.tolist()
+    wire, slowest = wire_of(world), LinkCost(Link(), 0.0, 0.0)
+    for left in range(world.size - 1):
+        world.barrier()
+        mine = [0.0] * 6
+        if world.rank in (left, left + 1):
+            other, first = 2 * left + 1 - world.rank, world.rank == left
+            pair = _Pair(wire, beside or _compute, other, first=first)
+            mine = [x for size in (SMALL, num_bytes) for x in pair.cost(size)]
+        found = [json.loads(text) for text in world.gather(json.dumps(mine))]
+        columns = [max(column) for column in zip(*found, strict=True)]
+        small, large = (
+            max(way - send - receive, 0.0) for way, send, receive in (columns[:3], columns[3:])
+        )
+        _, send, receive = columns[3:]
         per_byte = max(large - small, 1e-9) / (num_bytes - SMALL)
         link = Link(max(small - SMALL * per_byte, 0.0), 1.0 / per_byte)
         if link.seconds(num_bytes) >= slowest.link.seconds(num_bytes):
@@ -57,24 +72,33 @@ def measure_links(num_bytes: int) -> LinkCost:
     return slowest
 
 
+def typical(times: Sequence[float]) -> float:
+    """The mean without the outermost tenth on either side: means add up, medians do not."""
+    cut = len(times) // 10
+    return fmean(sorted(times)[cut : len(times) - cut])
+
+
+def _compute(seconds: float) -> None:
+    matrix, end = torch.ones(128, 128), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        matrix.mm(matrix)
+
+
 class _Pair:
     """This rank and its neighbour."""
 
-    def __init__(self, other: int, *, first: bool) -> None:
-        self.other, self.first = other, first
-        self._matrix = torch.ones(128, 128)
+    def __init__(
+        self, wire: Wire, beside: Callable[[float], None], other: int, *, first: bool
+    ) -> None:
+        self.wire, self.other, self.first = wire, other, first
+        self._beside = beside
         self._offset = self._clock_offset()
 
-    def _isend(self, tensor: torch.Tensor) -> Any:
-        return cast("Any", dist.isend(tensor, self.other, tag=_TAG))
+    def _isend(self, tensor: torch.Tensor) -> Work:
+        return self.wire.isend(tensor, self.other, _TAG)
 
-    def _irecv(self, tensor: torch.Tensor) -> Any:
-        return cast("Any", dist.irecv(tensor, self.other, tag=_TAG))
-
-    def _compute(self, seconds: float) -> None:
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
-            self._matrix.mm(self._matrix)
+    def _irecv(self, tensor: torch.Tensor) -> Work:
+        return self.wire.irecv(tensor, self.other, _TAG)
 
     def _clock_offset(self) -> float:
         """The other's clock minus ours, seconds; from the fastest of several round trips."""
@@ -93,6 +117,10 @@ class _Pair:
                 self._isend(stamp).wait()
         return min(trips)[1] if trips else 0.0
 
+    def cost(self, num_bytes: int) -> tuple[float, float, float]:
+        """Seconds of the whole way (0 on the second rank), and of both ends' processors."""
+        return self.one_way(num_bytes), *self.exchange(num_bytes)
+
     def one_way(self, num_bytes: int) -> float:
         """Seconds from the start of a send to the arrival at a waiting rank; 0 on that one."""
         message, token = torch.zeros(num_bytes, dtype=torch.uint8), torch.zeros(1)
@@ -102,7 +130,7 @@ class _Pair:
                 self._irecv(token).wait()
                 stamps[i] = time.perf_counter()
                 work = self._isend(message)
-                self._compute(BUSY)
+                self._beside(BUSY)
                 work.wait()
             else:
                 work = self._irecv(message)
@@ -114,7 +142,7 @@ class _Pair:
             return 0.0
         arrivals = torch.zeros_like(stamps)
         self._irecv(arrivals).wait()
-        return max(median((arrivals - stamps - self._offset).tolist()), 0.0)
+        return max(typical((arrivals - stamps - self._offset).tolist()), 0.0)
 
     def exchange(self, num_bytes: int) -> tuple[float, float]:
         """Seconds that a send and a receive cost, when both ends compute and nobody waits."""
@@ -124,13 +152,13 @@ class _Pair:
             begin = time.perf_counter()
             arriving = self._irecv(back)
             posted = time.perf_counter() - begin
-            self._compute(BUSY)
+            self._beside(BUSY)
             begin = time.perf_counter()
             leaving = self._isend(out)
             sends.append(time.perf_counter() - begin)
-            self._compute(2 * BUSY)
+            self._beside(2 * BUSY)
             begin = time.perf_counter()
             arriving.wait()
             receives.append(posted + time.perf_counter() - begin)
             leaving.wait()
-        return median(sends), median(receives)
+        return typical(sends), typical(receives)
