@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,7 @@ from running.sleeping import predict, sleeping_rank
 
 from adaptis.cluster import uniform
 from adaptis.execute.launch import launch
+from adaptis.execute.links import BUSY, measure_loop
 from adaptis.plan import plan_to_json
 from adaptis.profile import load_profile, profile_to_json
 from adaptis.report import png, svg
@@ -31,6 +33,11 @@ def test_two_processes_that_sleep_take_the_predicted_time():
     (found,), _ = launch(sleeping_rank, 2, *texts, 3)
     # The benchmark asks for 2 %; a machine that is busy with other tests may be late.
     assert found["measured_seconds"] == pytest.approx(predict(given, plan, found), rel=0.25)
+
+
+def test_a_loop_between_computations_costs_less_than_they_do():
+    idle = SimpleNamespace(at=lambda position: None, waits=lambda: None)
+    assert 0 < measure_loop(SimpleNamespace(progress=idle)) < BUSY
 
 
 def test_errors_are_relative_to_the_measurement_and_summed_up_as_they_are():

@@ -74,6 +74,18 @@ def test_a_profile_that_was_right_stays_as_it_was():
             assert getattr(new, name) == pytest.approx(getattr(old, name), rel=1e-9)
 
 
+def test_what_passes_between_computations_is_not_learnt_as_a_part_of_them():
+    plan, loop = plan_of("zb-h1"), 4e-5
+    computed = profile()  # a timeline has the computations alone, the profile what goes with them
+    more = {name: getattr(EXTRA, name) + loop for name in SECONDS}
+    given = replace(computed, overheads=replace(EXTRA, loop=loop, **more))
+    found = refine(given, plan, measured(plan, computed))
+    assert found.overheads == given.overheads
+    for old, new in zip(given.layers, found.layers, strict=True):
+        for name in SECONDS:
+            assert getattr(new, name) == pytest.approx(getattr(old, name), rel=1e-9)
+
+
 def test_enough_stages_tell_the_kinds_of_layers_apart():
     plan, truth = plan_of("interleaved", (1, 2, 4, 5, 7, 8), chunks=2), profile(TRUTH)
     found = refine(profile(), plan, measured(plan, truth))

@@ -59,6 +59,7 @@ class Overheads:
     backward_weight: float = 0.0
     send: float = 0.0  # occupies the sender
     receive: float = 0.0  # occupies the receiver
+    loop: float = 0.0  # the part of the first four that passes before a computation, not in it
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,7 @@ def refine(profile: Profile, plan: Plan, timeline: Timeline) -> Profile:
     weight = workload_of(plan).weights[0]
     found: dict[str, Floats] = {}
     for name, ops in RAN_AS.items():
-        overhead = getattr(profile.overheads, name)
+        overhead = getattr(profile.overheads, name) - profile.overheads.loop
         means = _means(plan, timeline, ops).items()
         wanted = {run: max(mean - overhead, 0.0) / weight for run, mean in means}
         if wanted:

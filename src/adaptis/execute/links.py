@@ -1,9 +1,9 @@
-"""What a transfer costs between the running ranks, while they compute.
+"""What the running ranks spend beside computing: on transfers, and on the executor's own loop.
 
-Needs an initialised process group. A transfer between idle processes is fast; between processes
-whose cores are busy, the network's own threads have to wait for a core, and starting a transfer
-takes longer. So both ends compute meanwhile. Each rank is measured with the next one; the slowest
-pair counts.
+Needs an initialised process group. Between idle processes a transfer is fast, and so is a loop that
+does nothing else; between computations both find the caches cold and, over a network, its threads
+wait for a core. So the ranks compute meanwhile. Each rank is measured with the next one; the
+slowest pair counts.
 """
 
 from __future__ import annotations
@@ -11,13 +11,20 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import fmean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from adaptis.cluster import Link
-from adaptis.execute.wire import wire_of
+from adaptis.execute.executor import Executor
+from adaptis.execute.offload import HostMemory
+from adaptis.execute.transport import WireTransport
+from adaptis.execute.wire import TorchWire, wire_of
+from adaptis.lower import lower
+from adaptis.plan import Plan, Stage
+from adaptis.program import Compute, Op
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -72,6 +79,27 @@ def measure_links(
     return slowest
 
 
+class _Busy:
+    """A stage that computes, and does nothing with it."""
+
+    def forward(self, *_: Any) -> None:
+        _compute(BUSY)
+
+    def backward(self, *_: Any) -> None:
+        _compute(BUSY)
+
+
+def measure_loop(world: World) -> float:
+    """Seconds that pass on this rank between two computations that wait for nothing."""
+    order = [Compute(op, 0, m) for m in range(ROUNDS) for op in (Op.FORWARD, Op.BACKWARD)]
+    program = lower(Plan(ROUNDS, (Stage(0, 1, 0),), (tuple(order),)))
+    stages: dict[int, Any] = {0: _Busy()}
+    transport = WireTransport(1, ROUNDS, TorchWire())
+    executor = Executor(program, 0, stages, transport, world.progress, host=HostMemory())
+    rows = executor.run([{}] * ROUNDS, 1.0, 0, lambda: None)
+    return typical([begin - end for (_, _, end), (_, begin, _) in pairwise(rows)])
+
+
 def typical(times: Sequence[float]) -> float:
     """The mean without the outermost tenth on either side: means add up, medians do not."""
     cut = len(times) // 10
@@ -79,9 +107,10 @@ def typical(times: Sequence[float]) -> float:
 
 
 def _compute(seconds: float) -> None:
-    matrix, end = torch.ones(128, 128), time.perf_counter() + seconds
+    """So long, and with so much memory that little else stays in the caches."""
+    values, end = torch.ones(1 << 19), time.perf_counter() + seconds
     while time.perf_counter() < end:
-        matrix.mm(matrix)
+        values.mul_(1.0)
 
 
 class _Pair:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from adaptis.cluster import Cluster, Device, cluster_from_json, cluster_to_json
 from adaptis.errors import InputError
-from adaptis.execute.links import LinkCost, measure_links
+from adaptis.execute.links import LinkCost, measure_links, measure_loop
 from adaptis.measure.layers import LayerMeter
 from adaptis.profile import LayerCost, Overheads, Profile, profile_from_json, profile_to_json
 
@@ -72,6 +72,7 @@ class Measurement:
         """The mean of what all ranks found, and the links; rank 0's figures, on every rank."""
         world = self._world
         own = self.meter.profile()
+        own = replace(own, overheads=_with_loop(own.overheads, measure_loop(world)))
         texts = world.gather(json.dumps(profile_to_json(own)))
         profile = mean_profile([profile_from_json(json.loads(text)) for text in texts])
         if self._links is None:
@@ -90,6 +91,11 @@ class Measurement:
         text = json.dumps([profile_to_json(profile), cluster_to_json(cluster)])
         values = json.loads(world.broadcast(text))
         return Measured(profile_from_json(values[0]), cluster_from_json(values[1]))
+
+
+def _with_loop(extra: Overheads, loop: float) -> Overheads:
+    computing = ("forward", "backward", "backward_input", "backward_weight")
+    return replace(extra, loop=loop, **{name: getattr(extra, name) + loop for name in computing})
 
 
 def mean_profile(parts: Sequence[Profile]) -> Profile:

@@ -2,8 +2,8 @@
 
 Each distinct layer (by signature) is built once and timed with its real input, going round all of
 them so that nothing sits warm in the cache as it never would in training. Per layer: F, fused B,
-and I and W apart (their sum can exceed B: the split must pay for itself), bytes kept, bytes handed
-on, the optimizer's step.
+and I and W apart (their sum can exceed B: the split must pay for itself; what it makes F longer is
+counted with I), bytes kept, bytes handed on, the optimizer's step.
 
 A stage also costs something per instruction, whatever its layers (a Hugging Face forward builds
 masks and rotary tables each time). It is found from a run of k layers: overhead = (sum of the
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 LETTERS = ("F", "B", "I", "W")
+PREPARING = "F for I and W"
 RUN_LAYERS = 6  # at most so many consecutive layers to find the overhead of an instruction
 WARMUP = 2
 
@@ -55,7 +56,7 @@ class _Subject:
     saved_weight_bytes: int = 0
     update: float = 0.0
     seconds: dict[str, list[float]] = field(
-        default_factory=lambda: {letter: [] for letter in LETTERS}
+        default_factory=lambda: {letter: [] for letter in (*LETTERS, PREPARING)}
     )
 
     def typical(self, letter: str) -> float:
@@ -65,7 +66,8 @@ class _Subject:
         """
         times = sorted(self.seconds[letter])
         cut = max(1, len(times) // 10) if len(times) > 4 else 0
-        return fmean(times[cut : len(times) - cut])
+        result = fmean(times[cut : len(times) - cut])
+        return result + self.typical(PREPARING) - self.typical("F") if letter == "I" else result
 
 
 class LayerMeter:
@@ -123,19 +125,20 @@ class LayerMeter:
     def _split(self, *, keep: bool) -> None:
         for subject in self._subjects:
             subject.compute.split(on=True)
-        self._pass("F", keep=False)
-        for letter in ("I", "W"):
+        for letter in (PREPARING, "I", "W"):
             self._pass(letter, keep=keep)
         for subject in self._subjects:
             subject.compute.split(on=False)
 
     def _pass(self, letter: str, *, keep: bool) -> None:
         """One operation on every subject; backwards go the other way round."""
-        order = self._subjects if letter == "F" else self._subjects[::-1]
+        order = self._subjects if letter in ("F", PREPARING) else self._subjects[::-1]
         for subject in order:
             compute, gradient = subject.compute, subject.gradient
+            forward = partial(compute.forward, 0, subject.inputs, self._microbatch, self._weight)
             calls = {
-                "F": partial(compute.forward, 0, subject.inputs, self._microbatch, self._weight),
+                "F": forward,
+                PREPARING: forward,
                 "B": partial(compute.backward, 0, gradient),
                 "I": partial(compute.backward_input, 0, gradient),
                 "W": partial(compute.backward_weight, 0),
