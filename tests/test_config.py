@@ -29,6 +29,11 @@ def test_a_file_is_read_and_options_take_precedence(written):
     assert type(found.train.learning_rate) is float
 
 
+def test_training_is_on_the_cpu_unless_a_gpu_is_asked_for(written):
+    assert load_config(None).train.device == "cpu"
+    assert load_config(written('[train]\ndevice = "cuda"\n')).train.device == "cuda"
+
+
 @pytest.mark.parametrize(("text", "kept"), [("2024", "2024"), ('"a b"', "a b"), ("x=1", "x=1")])
 def test_an_option_that_must_be_a_string_is_one(text, kept):
     assert load_config(None, {"train.folder": text}).train.folder == kept
@@ -52,6 +57,7 @@ def test_an_option_that_must_be_a_string_is_one(text, kept):
         ("[train]\ndevices = 0", "train.devices is 0"),
         ("[train]\nmicrobatches = -1", "train.microbatches is -1"),
         ('[train]\nautocast = "half"', "train.autocast is 'half'; give bfloat16, or leave"),
+        ('[train]\ndevice = "tpu"', "train.device is 'tpu'; give cuda, or leave"),
         ("[train]\nlearning_rate = nan", "train.learning_rate is nan, a finite number is needed"),
         ("[train]\nsearch_seconds = inf", "a finite number is needed"),
         ("[train]\nsearch_seconds = -1", "at least 0 is needed"),

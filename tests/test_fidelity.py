@@ -14,6 +14,7 @@ from running.figure import scatter
 from running.sleeping import predict, sleeping_rank
 
 from adaptis.cluster import uniform
+from adaptis.execute.device import CPU
 from adaptis.execute.launch import launch
 from adaptis.execute.links import BUSY, measure_loop
 from adaptis.plan import plan_to_json
@@ -37,7 +38,7 @@ def test_two_processes_that_sleep_take_the_predicted_time():
 
 def test_a_loop_between_computations_costs_less_than_they_do():
     idle = SimpleNamespace(at=lambda position: None, waits=lambda: None)
-    assert 0 < measure_loop(SimpleNamespace(progress=idle)) < BUSY
+    assert 0 < measure_loop(SimpleNamespace(progress=idle, device=CPU)) < BUSY
 
 
 def test_errors_are_relative_to_the_measurement_and_summed_up_as_they_are():

@@ -44,6 +44,7 @@ class TrainSection:
     """How."""
 
     devices: int = 2
+    device: str = "cpu"  # or "cuda": each process on a GPU; not yet run on hardware
     microbatches: int = 8
     steps: int = 20
     learning_rate: float = 1e-3
@@ -82,7 +83,7 @@ _LEAST = {
     ("data", "batch_size"): 0,
 }
 _WORDS = ("plan", "folder", "preset")  # strings that cannot be empty
-_CHOICES = {"autocast": ("", "bfloat16")}
+_CHOICES = {"autocast": ("", "bfloat16"), "device": ("cpu", "cuda")}
 
 
 def load_config(path: str | Path | None, overrides: dict[str, str] | None = None) -> Config:

@@ -384,6 +384,7 @@ def train_config(
         functools.partial(load_preset, config.model.preset),  # built by the ranks alone
         batches,
         devices=settings.devices,
+        device=settings.device,
         steps=settings.steps,
         plan=_plan(settings),
         optimizer=adamw(settings.learning_rate),

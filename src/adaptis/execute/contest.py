@@ -100,7 +100,9 @@ def _reference(world: World, model: TorchModel, contest: Contest) -> list[float]
     losses: list[float] = []
     world.phase("plain training" if world.rank == 0 else "waiting for plain training")
     if world.rank == 0:
-        plain = Reference(model, optimizer=contest.optimizer, seed=contest.seed)
+        plain = Reference(
+            model, optimizer=contest.optimizer, seed=contest.seed, device=world.device
+        )
         for step in range(contest.steps):
             losses.append(plain.step(contest.batches(step)))
             world.say("reference", step=step + 1, steps=contest.steps, loss=losses[-1])

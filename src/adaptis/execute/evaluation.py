@@ -77,7 +77,7 @@ class Evaluation:
             for s, stage in stages.items()
         }
         self._transport = WireTransport(
-            program.num_stages, program.num_microbatches, wire_of(world)
+            program.num_stages, program.num_microbatches, wire_of(world), world.device
         )
         self._executor = Executor(
             forwards, device, own, self._transport, world.progress, host=HostMemory(), head=head

@@ -1,17 +1,18 @@
 """One loop runs any checked program: wait for what is read, compute, hand over what is written.
 
 The meaning of each computation is in `measure.compute` and `head`, the network in `transport`, the
-host's memory in `offload`; here is only the loop, and the clock. Recording is always on: two clock
-readings a computation. Each instruction becomes a function once, so that a step only calls them.
+host's memory in `offload`; here is only the loop. Recording is always on: two readings of the
+clock in `device` a computation. Each instruction becomes a function once, so that a step only calls
+them.
 """
 
 from __future__ import annotations
 
-import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from adaptis.errors import PlanError
+from adaptis.execute.device import HostClock
 from adaptis.program import (
     HEAD_OPS,
     Compute,
@@ -36,6 +37,7 @@ from adaptis.program import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from adaptis.execute.device import Clock
     from adaptis.execute.head import ShardedHead
     from adaptis.execute.offload import HostMemory
     from adaptis.execute.transport import Transport
@@ -111,9 +113,11 @@ class Executor:
         host: HostMemory,
         head: ShardedHead | None = None,
         shared: Shared | None = None,
+        clock: Clock | None = None,
     ) -> None:
         """Turn the device's instructions into functions; `head` where it is sharded."""
         self.device = device
+        self._clock = clock or HostClock()
         self._shared = shared
         self._stages, self._transport, self._progress = stages, transport, progress
         self._host, self._head = host, head
@@ -148,10 +152,11 @@ class Executor:
         rows: list[Row] = []
         self._step = _Run(microbatches, weight, number, step, watch, rows)
         at = self._progress.at
+        self._clock.begin()
         for position, task in enumerate(self._tasks):
             at(position)
             task()
-        return rows
+        return self._clock.seconds(rows)
 
     def _task(self, position: int, instruction: Instruction) -> Callable[[], None]:
         """What `instruction` does."""
@@ -211,7 +216,7 @@ class Executor:
     ) -> None:
         """A computation, or two that are fused: both have all they need before they begin."""
         given = [None if read is None else self._get(*read) for _, read, _ in pieces]
-        step, clock = self._step, time.perf_counter
+        step, clock = self._step, self._clock.read
         for (compute, _, written), content in zip(pieces, given, strict=True):
             begin = clock()
             result = self._compute(compute, content)
@@ -287,6 +292,7 @@ class Executor:
         self._transport.finish()
         if self._head is not None:
             self._head.finish()
+        self._clock.drain()  # here a GPU stands still for the others, not in the update
         self._progress.at(position)
         self._step.step()
 
@@ -311,6 +317,19 @@ def _last_reads(program: Program, device: int) -> dict[Value, int]:
         for value in layout.reads(instruction)
         if value.kind in _HANDED
     }
+
+
+def links_of(program: Program) -> set[tuple[int, int]]:
+    """From which device to which values pass."""
+    found = set()
+    for device, row in enumerate(program.devices):
+        for instruction in row:
+            match instruction:
+                case Receive(_, source):
+                    found.add((source, device))
+                case Join(Together.TAKE):
+                    found.add((program.layout.placement[-1], device))
+    return found
 
 
 def refuse_unknown(program: Program) -> None:

@@ -9,15 +9,16 @@ alike, as long as the optimizer treats each element by itself.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from adaptis.execute.mesh import refuse_unlike
 from adaptis.execute.units import layout_of, local, place
+from adaptis.execute.wire import TorchWire, wire_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -78,9 +79,18 @@ class Gradients:
         self.shared = [(name, ranks) for name, ranks in holders.items() if len(ranks) > 1]
         elsewhere = {name for name, ranks in self.shared if ranks[0] != self._world.rank}
         elsewhere |= {piece.key for piece in self._pieces}
+        on_gpu = self._world.device.type == "cuda"
+        self._wire = wire_of(self._world) if on_gpu else TorchWire(self._world.group)
+        self._wire.prepare(self._links())
         self._counted = [
             p for name, p in self._parameters.items() if name not in elsewhere and mesh.counts(p)
         ]
+
+    def _links(self) -> set[tuple[int, int]]:
+        """Between which ranks something passes, either way."""
+        pairs = [(piece.owner, piece.holder) for piece in self._pieces]
+        pairs += [pair for _, ranks in self.shared for pair in itertools.combinations(ranks, 2)]
+        return {link for a, b in pairs for link in ((a, b), (b, a))}
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -169,10 +179,10 @@ class Gradients:
             own.copy_(total)
 
     def _send(self, tensor: Tensor, target: int, tag: int) -> Any:
-        return dist.isend(tensor, group_dst=target, group=self._world.group, tag=tag)
+        return self._wire.isend(tensor, target, tag)
 
     def _receive(self, tensor: Tensor, source: int, tag: int) -> Any:
-        return dist.irecv(tensor, group_src=source, group=self._world.group, tag=tag)
+        return self._wire.irecv(tensor, source, tag)
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adaptis.errors import InputError, PlanError
+from adaptis.execute.device import CPU, for_network
 from adaptis.execute.rows import Rows
 from adaptis.measure.stage import IGNORED_LABEL
 from adaptis.program import Kind
@@ -95,6 +96,7 @@ class ShardedHead:
         held: Mapping[str, nn.Parameter],
         autocast: torch.dtype | None = None,
         new_group: Callable[[], Any] = dist.new_group,
+        device: torch.device = CPU,
     ) -> None:
         """Take this rank's rows; every rank does this, in the same order as all else together.
 
@@ -108,6 +110,7 @@ class ShardedHead:
             held: what this device's stages hold; the rows of a tied weight lie in there.
             autocast: what products are computed in, where it is not the weight's own type.
             new_group: makes a process group of the devices.
+            device: where this one's part lies.
 
         Raises:
             PlanError: the last layer is no linear layer followed by cross-entropy.
@@ -116,7 +119,7 @@ class ShardedHead:
         self.parameters: dict[str, nn.Parameter] = {}  # this device's own, by the name of the rows
         self.rows: dict[str, Rows] = {}  # which rows of what they are
         self.training = True  # otherwise S computes the loss alone and leaves nothing for T
-        layer, names = _linear(model, seed)
+        layer, names = _linear(model, seed, device)
         self.num_rows = layer.out_features
         if self.num_rows < size:
             raise PlanError(
@@ -135,7 +138,7 @@ class ShardedHead:
         self._size = size
         self._saved: dict[int, _Saved] = {}
         # Each kind of sum has the same order on all devices, but not the two among each other.
-        self._sums_s, self._sums_t = Lane(new_group()), Lane(new_group())
+        self._sums_s, self._sums_t = Lane(new_group(), device), Lane(new_group(), device)
 
     def _piece(self, name: str, whole: Tensor, held: Mapping[str, nn.Parameter]) -> _Piece:
         if name in held:
@@ -178,22 +181,19 @@ class ShardedHead:
 
     def sum_scores(self, m: int) -> Waits:
         """SUM_S: begin to add up what S left, on all devices."""
-        done = self._sums_s.submit(partial(self._sum_scores, m))
+        saved = self._saved[m] if self.training else self._saved.pop(m)
+        done = self._sums_s.submit(partial(self._sum_scores, m, saved))
         return {Kind.SUMS: done.result, Kind.INPUT_GRAD: done.result}
 
-    def _sum_scores(self, m: int) -> Tensor | None:
-        saved = self._saved[m]
-        parts = [torch.empty_like(saved.statistics_3t) for _ in range(self._size)]
-        dist.all_gather(parts, saved.statistics_3t, group=self._sums_s.group)
-        all_d3t = torch.stack(parts)
+    def _sum_scores(self, m: int, saved: _Saved) -> Tensor | None:
+        all_d3t = self._sums_s.gather(saved.statistics_3t, self._size)
         most_t = all_d3t[:, 0].amax(0)
         sum_t = (all_d3t[:, 1] * (all_d3t[:, 0] - most_t).exp()).sum(0)
-        saved.sums = [most_t, sum_t]
+        saved.sums = [self._sums_s.hand_over(most_t), self._sums_s.hand_over(sum_t)]
         if self._is_home:
             picked_t = all_d3t[:, 2].sum(0)
-            self.losses[m] = ((sum_t.log() + most_t - picked_t) * saved.counts_t).sum()
-        if not self.training:
-            del self._saved[m]
+            loss = ((sum_t.log() + most_t - picked_t) * saved.counts_t).sum()
+            self.losses[m] = self._sums_s.hand_over(loss)
         if self._reductions == 2 or not self.training:
             return None
         gradient_th = _present(saved.gradient_th)
@@ -229,8 +229,7 @@ class ShardedHead:
 
     def _at_home(self, part_th: Tensor, saved: _Saved, lane: Lane) -> Tensor:
         """The sum of all devices' parts, where the last stage is."""
-        dist.reduce(part_th, group_dst=self._home, group=lane.group)
-        return part_th.view(saved.hidden.shape)
+        return lane.reduce(part_th, self._home).view(saved.hidden.shape)
 
     def finish(self) -> None:
         """Wait until all sums are done."""
@@ -251,46 +250,81 @@ class ShardedHead:
 
 
 class Lane:
-    """A thread that runs what it is given one after the other, with a process group of its own."""
+    """A thread that runs what it is given one after the other, with a process group of its own.
 
-    def __init__(self, group: Any) -> None:
-        self.group = group
-        self._queue: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
-        self._queue = queue.SimpleQueue()
+    On a GPU it also has a stream of its own, begins after what the current stream was given before,
+    and is done when the GPU is: `work` keeps until then what it reads.
+    """
+
+    def __init__(self, group: Any, device: torch.device = CPU) -> None:
+        self._group = group
+        self._home = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         # A daemon, and no pool: a rank that has failed must not wait for a sum that never comes.
-        threading.Thread(target=_serve, args=(self._queue,), daemon=True).start()
+        threading.Thread(target=_serve, args=(self._queue, device), daemon=True).start()
         weakref.finalize(self, self._queue.put, None)
 
     def submit(self, work: Callable[[], Any]) -> Future[Any]:
         """Run `work` after all that was given before."""
         done: Future[Any] = Future()
-        self._queue.put((done, work))
+        ready = None if self._home is None else self._home.record_event()
+        self._queue.put((done, work, ready))
         return done
 
+    def gather(self, tensor: Tensor, size: int) -> Tensor:
+        """The tensors of all `size` devices, stacked; within `work`."""
+        own = for_network(tensor, self._group)
+        parts = [torch.empty_like(own) for _ in range(size)]
+        dist.all_gather(parts, own, group=self._group)
+        return torch.stack(parts).to(tensor.device)
 
-def _serve(tasks: queue.SimpleQueue[Any]) -> None:
+    def reduce(self, tensor: Tensor, home: int) -> Tensor:
+        """The sum of all devices' tensors, on `home`; within `work`, which loses its own."""
+        own = for_network(tensor, self._group)
+        dist.reduce(own, group_dst=home, group=self._group)
+        return self.hand_over(own.to(tensor.device))
+
+    def hand_over(self, tensor: Tensor) -> Tensor:
+        """A tensor made in `work` for others, whose memory stays until they are done with it."""
+        if self._home is not None:
+            tensor.record_stream(self._home)
+        return tensor
+
+
+def _serve(tasks: queue.SimpleQueue[Any], device: torch.device) -> None:
     """Run tasks until there are no more; after one has failed all others fail as it did."""
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     failed: BaseException | None = None
     while (task := tasks.get()) is not None:
-        done, work = task
+        done, work, ready = task
         try:
             if failed is not None:
                 raise failed
             with torch.no_grad():
-                done.set_result(work())
+                done.set_result(work() if stream is None else _on(stream, ready, work))
         except BaseException as error:
             failed = error
             done.set_exception(error)
+        del task, done, work  # and what they hold
 
 
-def _linear(model: TorchModel, seed: int) -> tuple[nn.Linear, list[str]]:
+def _on(stream: torch.cuda.Stream, ready: torch.cuda.Event, work: Callable[[], Any]) -> Any:
+    """What `work` returns, once the GPU has done it on `stream`, after `ready`."""
+    with torch.cuda.stream(stream):
+        stream.wait_event(ready)
+        result = work()
+        stream.synchronize()
+    return result
+
+
+def _linear(model: TorchModel, seed: int, device: torch.device) -> tuple[nn.Linear, list[str]]:
     """The last layer of `model` as it is before any training, and the names of its parameters.
 
     Raises:
         PlanError: it is no linear layer followed by cross-entropy.
     """
     count = len(model.layers)
-    module = model.build(count - 1, count, seed=seed)
+    module = model.build(count - 1, count, seed=seed, device=device)
     found = [part for part in module.modules() if any(True for _ in part.parameters(recurse=False))]
     names = {id(p): name for name, p in module.global_parameters().items()}
     if len(found) == 1 and isinstance(found[0], nn.Linear) and _computes(module, found[0], model):
@@ -304,8 +338,8 @@ def _linear(model: TorchModel, seed: int) -> tuple[nn.Linear, list[str]]:
 def _computes(module: Any, layer: nn.Linear, model: TorchModel) -> bool:
     """Whether the layer and the loss do what the sums above rely on, tried on random numbers."""
     numbers = torch.Generator().manual_seed(0)
-    hidden = torch.randn(2, 3, layer.in_features, generator=numbers).to(layer.weight.dtype)
-    labels = torch.randint(layer.out_features, (2, 3), generator=numbers)
+    hidden = torch.randn(2, 3, layer.in_features, generator=numbers).to(layer.weight)
+    labels = torch.randint(layer.out_features, (2, 3), generator=numbers).to(hidden.device)
     labels[0, 0] = IGNORED_LABEL
     logits = functional.linear(hidden, layer.weight, layer.bias)
     expected = functional.cross_entropy(

@@ -61,6 +61,7 @@ def launch(
     *args: Any,
     threads: int = 1,
     say: Callable[[str, dict[str, Any]], None] = lambda kind, data: None,
+    device: str = "cpu",
 ) -> list[Any]:
     """Run `target(seat, *args)` in `num_ranks` new processes and return their results.
 
@@ -70,6 +71,7 @@ def launch(
         args: pickled for each process.
         threads: of each process's arithmetic.
         say: called with what rank 0 says.
+        device: "cpu", or "cuda": the ranks share out the machine's GPUs.
 
     Raises:
         InputError: the script that called this starts a run when it is imported.
@@ -87,9 +89,8 @@ def launch(
             with _environment(threads):
                 for rank in range(num_ranks):
                     here, there = context.Pipe()
-                    seat = Seat(
-                        rank, num_ranks, cores, str(Path(folder, "store")), str(record), threads
-                    )
+                    store = str(Path(folder, "store"))
+                    seat = Seat(rank, num_ranks, cores, store, str(record), threads, device)
                     process = context.Process(
                         target=_child, args=(seat, there, os.getpid(), target, args), daemon=True
                     )
@@ -112,6 +113,7 @@ class Seat:
     store: str  # file where the ranks find each other
     record: str  # file of the progress records
     threads: int
+    device: str = "cpu"  # what kind the rank computes on
 
     def own_cores(self) -> tuple[int, ...]:
         """The cores of this rank alone; all of them where there are too few to share out."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from adaptis.cluster import Link
+from adaptis.execute.device import synchronise
 from adaptis.execute.executor import Executor
 from adaptis.execute.offload import HostMemory
 from adaptis.execute.transport import WireTransport
@@ -59,12 +61,15 @@ def measure_links(
     """
     num_bytes = max(num_bytes, 2 * SMALL)
     wire, slowest = wire_of(world), LinkCost(Link(), 0.0, 0.0)
+    pairs = [(left, left + 1) for left in range(world.size - 1)]
+    wire.prepare([link for a, b in pairs for link in ((a, b), (b, a))])
     for left in range(world.size - 1):
         world.barrier()
         mine = [0.0] * 6
         if world.rank in (left, left + 1):
             other, first = 2 * left + 1 - world.rank, world.rank == left
-            pair = _Pair(wire, beside or _compute, other, first=first)
+            compute = beside or partial(_compute, world.device)
+            pair = _Pair(wire, compute, other, world.device, first=first)
             mine = [x for size in (SMALL, num_bytes) for x in pair.cost(size)]
         found = [json.loads(text) for text in world.gather(json.dumps(mine))]
         columns = [max(column) for column in zip(*found, strict=True)]
@@ -82,18 +87,21 @@ def measure_links(
 class _Busy:
     """A stage that computes, and does nothing with it."""
 
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
     def forward(self, *_: Any) -> None:
-        _compute(BUSY)
+        _compute(self._device, BUSY)
 
     def backward(self, *_: Any) -> None:
-        _compute(BUSY)
+        _compute(self._device, BUSY)
 
 
 def measure_loop(world: World) -> float:
     """Seconds that pass on this rank between two computations that wait for nothing."""
     order = [Compute(op, 0, m) for m in range(ROUNDS) for op in (Op.FORWARD, Op.BACKWARD)]
     program = lower(Plan(ROUNDS, (Stage(0, 1, 0),), (tuple(order),)))
-    stages: dict[int, Any] = {0: _Busy()}
+    stages: dict[int, Any] = {0: _Busy(world.device)}
     transport = WireTransport(1, ROUNDS, TorchWire())
     executor = Executor(program, 0, stages, transport, world.progress, host=HostMemory())
     rows = executor.run([{}] * ROUNDS, 1.0, 0, lambda: None)
@@ -106,21 +114,28 @@ def typical(times: Sequence[float]) -> float:
     return fmean(sorted(times)[cut : len(times) - cut])
 
 
-def _compute(seconds: float) -> None:
+def _compute(device: torch.device, seconds: float) -> None:
     """So long, and with so much memory that little else stays in the caches."""
-    values, end = torch.ones(1 << 19), time.perf_counter() + seconds
+    values, end = torch.ones(1 << 19, device=device), time.perf_counter() + seconds
     while time.perf_counter() < end:
         values.mul_(1.0)
+        synchronise(device)
 
 
 class _Pair:
     """This rank and its neighbour."""
 
     def __init__(
-        self, wire: Wire, beside: Callable[[float], None], other: int, *, first: bool
+        self,
+        wire: Wire,
+        beside: Callable[[float], None],
+        other: int,
+        device: torch.device,
+        *,
+        first: bool,
     ) -> None:
         self.wire, self.other, self.first = wire, other, first
-        self._beside = beside
+        self._beside, self._device = beside, device
         self._offset = self._clock_offset()
 
     def _isend(self, tensor: torch.Tensor) -> Work:
@@ -129,19 +144,24 @@ class _Pair:
     def _irecv(self, tensor: torch.Tensor) -> Work:
         return self.wire.irecv(tensor, self.other, _TAG)
 
+    def _wait(self, work: Work) -> None:
+        """Until it is done, not only queued."""
+        work.wait()
+        synchronise(self._device)
+
     def _clock_offset(self) -> float:
         """The other's clock minus ours, seconds; from the fastest of several round trips."""
-        stamp = torch.zeros(1, dtype=torch.float64)
+        stamp = torch.zeros(1, dtype=torch.float64, device=self._device)
         trips = []
         for _ in range(ROUNDS):
             if self.first:
                 begin = time.perf_counter()
                 self._isend(stamp).wait()
-                self._irecv(stamp).wait()
+                self._wait(self._irecv(stamp))
                 end = time.perf_counter()
                 trips.append((end - begin, float(stamp) - (begin + end) / 2))
             else:
-                self._irecv(stamp).wait()
+                self._wait(self._irecv(stamp))
                 stamp[0] = time.perf_counter()
                 self._isend(stamp).wait()
         return min(trips)[1] if trips else 0.0
@@ -152,11 +172,12 @@ class _Pair:
 
     def one_way(self, num_bytes: int) -> float:
         """Seconds from the start of a send to the arrival at a waiting rank; 0 on that one."""
-        message, token = torch.zeros(num_bytes, dtype=torch.uint8), torch.zeros(1)
+        message = torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
+        token = torch.zeros(1, device=self._device)
         stamps = torch.zeros(ROUNDS, dtype=torch.float64)
         for i in range(ROUNDS):
             if self.first:
-                self._irecv(token).wait()
+                self._wait(self._irecv(token))
                 stamps[i] = time.perf_counter()
                 work = self._isend(message)
                 self._beside(BUSY)
@@ -164,18 +185,20 @@ class _Pair:
             else:
                 work = self._irecv(message)
                 self._isend(token).wait()
-                work.wait()
+                self._wait(work)
                 stamps[i] = time.perf_counter()
         if not self.first:
-            self._isend(stamps).wait()
+            self._isend(stamps.to(self._device)).wait()
             return 0.0
-        arrivals = torch.zeros_like(stamps)
+        arrivals = torch.zeros_like(stamps, device=self._device)
         self._irecv(arrivals).wait()
-        return max(typical((arrivals - stamps - self._offset).tolist()), 0.0)
+        return max(typical((arrivals.cpu() - stamps - self._offset).tolist()), 0.0)
 
     def exchange(self, num_bytes: int) -> tuple[float, float]:
         """Seconds that a send and a receive cost, when both ends compute and nobody waits."""
-        out, back = (torch.zeros(num_bytes, dtype=torch.uint8) for _ in range(2))
+        out, back = (
+            torch.zeros(num_bytes, dtype=torch.uint8, device=self._device) for _ in range(2)
+        )
         sends, receives = [], []
         for _ in range(ROUNDS):
             begin = time.perf_counter()

@@ -43,8 +43,6 @@ class _Bytes:
             target = torch.empty_like(source, device=place, pin_memory=out)
             self.bytes = target.copy_(source, non_blocking=True)
             self.ready = stream.record_event()
-        if out:
-            source.record_stream(stream)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +60,7 @@ class _View:
         kept = self.storage
         if kept.ready is not None:
             kept.ready.wait()
+            kept.bytes.record_stream(torch.cuda.current_stream(kept.home))
         empty = torch.empty(0, dtype=self.dtype, device=kept.home)
         return empty.set_(kept.bytes.untyped_storage(), self.offset, self.size, self.stride)
 
@@ -80,6 +79,7 @@ class HostMemory:
         self.moved_bytes = 0  # that have ever gone there
         self._away: dict[tuple[StageCompute, int], _Away] = {}
         self._stream: torch.cuda.Stream | None = None
+        self._leaving: list[tuple[Any, Tensor]] = []  # until an event: what is being copied
 
     def offload(self, stage: StageCompute, m: int) -> None:
         """OFFLOAD: what `stage` keeps of micro-batch `m` leaves the device's memory."""
@@ -102,8 +102,12 @@ class HostMemory:
         leaves = [(leaf, pack(leaf)) for leaf in inputs]
         for leaf, _ in leaves:
             leaf.data = leaf.data.new_empty(0)
+        self._forget()
         for kept in found.values():
-            self._begin(kept).move(self._stream, out=True)
+            source, stream = kept.bytes, self._stream_for(kept)
+            kept.move(stream, out=True)
+            if stream is not None:
+                self._leaving.append((kept.ready, source))
             self.num_bytes += kept.bytes.numel()
             self.moved_bytes += kept.bytes.numel()
         self._away[stage, m] = _Away(list(found.values()), leaves)
@@ -111,19 +115,26 @@ class HostMemory:
     def reload(self, stage: StageCompute, m: int) -> None:
         """RELOAD: it comes back."""
         away = self._away.pop((stage, m))
+        self._forget()
         for kept in away.storages:
-            kept.move(self._stream, out=False)
+            kept.move(self._stream_for(kept), out=False)
             self.num_bytes -= kept.bytes.numel()
         for leaf, view in away.inputs:
             leaf.data = view.tensor()
 
-    def _begin(self, kept: _Bytes) -> _Bytes:
-        """Whatever fills these bytes is done before the copy looks at them."""
-        if kept.home.type == "cuda":
-            if self._stream is None:
-                self._stream = torch.cuda.Stream(kept.home)
+    def _forget(self) -> None:
+        """Let go of what has left: neither torch nor the receive buffers may use it before."""
+        self._leaving = [(ready, source) for ready, source in self._leaving if not ready.query()]
+
+    def _stream_for(self, kept: _Bytes) -> torch.cuda.Stream | None:
+        """What copies these bytes, after whatever fills them; None: the CPU itself."""
+        if kept.home.type != "cuda":
+            return None
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(kept.home)
+        if kept.bytes.is_cuda:
             self._stream.wait_stream(torch.cuda.current_stream(kept.home))
-        return kept
+        return self._stream
 
 
 def _saved_tensors(outputs: list[Tensor]) -> Iterator[tuple[Any, Tensor]]:

@@ -57,7 +57,12 @@ class Measurement:
         world.phase("measuring layers")
         self._world, self._num_microbatches = world, num_microbatches
         self.meter = LayerMeter(
-            model, microbatch, optimizer=optimizer, seed=seed, offset=world.rank / world.size
+            model,
+            microbatch,
+            optimizer=optimizer,
+            seed=seed,
+            device=world.device,
+            offset=world.rank / world.size,
         )
         self._links: LinkCost | None = None
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from adaptis.execute.device import CPU, on_device
 from adaptis.measure.random import drawing
 from adaptis.measure.stage import collecting_losses
 
@@ -36,9 +37,10 @@ class Reference:
         max_norm: float = 0.0,
         autocast: torch.dtype | None = None,
         schedule: Schedule | None = None,
+        device: torch.device = CPU,
     ) -> None:
-        """Build the whole model; the arguments are those of `Session`."""
-        self.module, self._run = plain(model, seed)
+        """Build the whole model on `device`; the other arguments are those of `Session`."""
+        self.module, self._run = plain(model, seed, device)
         self._model, self._seed, self._steps = model, seed, 0
         self._max_norm, self._autocast = max_norm, autocast
         self._trained = [p for p in self.module.parameters() if p.requires_grad]
@@ -50,7 +52,7 @@ class Reference:
         weight = 1.0 / sum(self._model.weight(microbatch) for microbatch in batch)
         device = next(self.module.parameters()).device
         total = 0.0
-        for m, microbatch in enumerate(batch):
+        for m, microbatch in enumerate(on_device(one, device) for one in batch):
             with (
                 drawing(self._seed, self._steps, 0, m, device),
                 collecting_losses() as terms,
@@ -75,9 +77,11 @@ class Reference:
     def evaluate(self, batch: Sequence[Microbatch]) -> float:
         """The loss of a batch in evaluation mode."""
         weight = 1.0 / sum(self._model.weight(microbatch) for microbatch in batch)
+        device = next(self.module.parameters()).device
+        here = [on_device(microbatch, device) for microbatch in batch]
         self.module.eval()
-        with self._casting(next(self.module.parameters()).device):
-            losses = [self._model.loss(self._run(m), m) * weight for m in batch]
+        with self._casting(device):
+            losses = [self._model.loss(self._run(m), m) * weight for m in here]
         self.module.train()
         return sum(map(float, losses))
 
@@ -86,15 +90,17 @@ class Reference:
         return torch.autocast(device.type, dtype=self._autocast, enabled=on)
 
 
-def plain(model: TorchModel, seed: int) -> tuple[nn.Module, Callable[[Microbatch], Tensor]]:
+def plain(
+    model: TorchModel, seed: int, device: torch.device = CPU
+) -> tuple[nn.Module, Callable[[Microbatch], Tensor]]:
     """The whole model with every cut's initial weights, and how its output is computed."""
     from adaptis.measure.huggingface import HuggingFaceModel
 
     if isinstance(model, HuggingFaceModel):
-        whole = model.plain(seed)
+        whole = model.plain(seed, device)
         return (
             whole,
             lambda microbatch: whole(input_ids=microbatch["inputs"], use_cache=False).logits,
         )
-    chain = model.build(0, len(model.layers), seed=seed)
+    chain = model.build(0, len(model.layers), seed=seed, device=device)
     return chain, lambda microbatch: chain(None, microbatch)

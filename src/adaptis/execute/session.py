@@ -16,8 +16,9 @@ import numpy as np
 
 from adaptis.check import check
 from adaptis.errors import PlanError
+from adaptis.execute.device import clock_of, on_device
 from adaptis.execute.evaluation import Evaluation
-from adaptis.execute.executor import Executor, describe, refuse_unknown
+from adaptis.execute.executor import Executor, describe, links_of, refuse_unknown
 from adaptis.execute.gradients import Gradients
 from adaptis.execute.head import ShardedHead
 from adaptis.execute.mesh import Mesh, groups
@@ -129,9 +130,7 @@ class Session:
         self.optimizer = optimizer(trained) if trained else None
         self.schedule = schedule(self.optimizer) if schedule and self.optimizer else None
         self._gradients = Gradients(self.mesh, self.parameters, rows)
-        self._transport = WireTransport(
-            self.program.num_stages, plan.num_microbatches, wire_of(world)
-        )
+        self._transport = self._build_transport()
         self._executor = Executor(
             self.program,
             world.rank,
@@ -141,11 +140,12 @@ class Session:
             host=HostMemory(),
             head=self.head,
             shared=self.mesh if mesh is not None else None,
+            clock=clock_of(world.device),
         )
 
     def _build_modules(self, seed: int) -> dict[int, StageModule]:
         modules = {
-            s: self.model.build(stage.start, stage.stop, seed=seed)
+            s: self.model.build(stage.start, stage.stop, seed=seed, device=self.world.device)
             for s, stage in enumerate(self.plan.stages)
             if stage.device == self.world.rank
         }
@@ -179,6 +179,7 @@ class Session:
                 seed=seed,
                 autocast=self._autocast,
                 first=self.mesh.data.rank * plan.num_microbatches,
+                device=self.world.device,
             )
             for s, module in modules.items()
         }
@@ -197,6 +198,14 @@ class Session:
             held=self.parameters,
             autocast=self._autocast,
             new_group=self.world.new_group,
+            device=self.world.device,
+        )
+
+    def _build_transport(self) -> WireTransport:
+        wire = wire_of(self.world)
+        wire.prepare(links_of(self.program))
+        return WireTransport(
+            self.program.num_stages, self.plan.num_microbatches, wire, self.world.device
         )
 
     def step(
@@ -214,7 +223,8 @@ class Session:
         self.world.progress.begin(self._key, self.steps)
         self.mesh.begin()
         begin = time.perf_counter()
-        rows = self._executor.run(batch, weight, self.steps, self._update, watch)
+        here = [on_device(microbatch, self.world.device) for microbatch in batch]
+        rows = self._executor.run(here, weight, self.steps, self._update, watch)
         end = time.perf_counter()
         self.world.progress.leave()
         self.steps += 1
@@ -236,7 +246,8 @@ class Session:
                 self.world, self.program, self.stages, self.head, self._key
             )
         self.mesh.whole(on=True)
-        loss = self._evaluation.run(batch, weight, self.steps, [_signature(m) for m in batch])
+        here = [on_device(microbatch, self.world.device) for microbatch in batch]
+        loss = self._evaluation.run(here, weight, self.steps, [_signature(m) for m in batch])
         self.mesh.whole(on=False)
         return self.mesh.data.sum(loss)
 

@@ -18,6 +18,7 @@ import torch
 from adaptis.cluster import cluster_to_json
 from adaptis.errors import InputError
 from adaptis.execute import checkpoint
+from adaptis.execute.device import refuse_absent
 from adaptis.execute.launch import launch
 from adaptis.execute.prepare import Measured, Measurement
 from adaptis.execute.session import Session
@@ -90,6 +91,7 @@ def train(
     batches: Callable[[int], Sequence[Microbatch]],
     *,
     devices: int = 2,
+    device: str = "cpu",
     steps: int,
     plan: Plan | str | Path = "auto",
     optimizer: Optimizer | None = None,
@@ -117,6 +119,8 @@ def train(
         model: a `Chain`, a `HuggingFaceModel`, or a function that makes one.
         batches: step to its micro-batches, each a dict of tensors; the same on every rank.
         devices: how many processes to start, where `torchrun` has not.
+        device: "cpu", or "cuda": each process computes on a GPU, which several share where there
+            are too few; not yet run on hardware.
         steps: how many steps the run has, those before a resume counted.
         plan: a `Plan`, the path of one, or "auto" to measure and search first.
         optimizer: makes the optimizer from the parameters of a rank; AdamW where none is given.
@@ -166,11 +170,12 @@ def train(
         held_out=held_out,
     )
     if under_torchrun():
-        with launched(say) as world:
+        with launched(say, device) as world:
             return run(world, job)
     if devices < 1:
         raise InputError(f"{devices} devices: at least 1 is needed")
-    return launch(train_rank, devices, job, say=say)[0]
+    refuse_absent(device)
+    return launch(train_rank, devices, job, say=say, device=device)[0]
 
 
 def train_rank(seat: Seat, connection: Connection, job: Job) -> Result | None:

@@ -202,6 +202,11 @@ class Buffers:
 
     Autograd may keep what was received, or a view of it, for as long as it likes: a buffer is free
     again when its storage has no user left but this pool.
+
+    On a GPU the work of former users may still be queued, all of it on the current stream (what
+    another stream reads, its reader keeps: see `offload`). No wire writes before that is done: NCCL
+    begins a receive after all that was queued when it was asked for, and what comes by way of the
+    host is copied by the current stream itself.
     """
 
     _OWN = 2  # users of a free buffer's storage: the tensor here and the storage's own handle

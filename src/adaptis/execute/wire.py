@@ -1,4 +1,4 @@
-"""How bytes get from one rank to another: two verbs, `isend` and `irecv`, and two ways.
+"""How bytes get from one rank to another: two verbs, `isend` and `irecv`, and some ways.
 
 Between machines, `torch.distributed`. Between processes of one machine, memory that they share:
 gloo would send over TCP, where each message costs the ranks' processors some 0.2 ms and wakes a
@@ -11,6 +11,17 @@ thread that takes the core from the computation. ::
 A send never waits: it takes another slot where none is free, and an inbox holds the notes of 32768
 messages. The memory and the inboxes have no names in any file system: the others open them by the
 process that made them (`/proc/PID/fd`), and the kernel frees them with the last process.
+
+Between GPUs, NCCL. It has no tags, and between two ranks a communicator does one message after the
+other: a send and a receive that each wait for the other rank would stand in each other's way. So
+messages to a higher rank have a process group of their own, and those to a lower one another: each
+directed link is then a queue by itself, which both ends use in the order of a checked program. The
+first message of a link joins its two ends, and both stand still until it does; `prepare` sends it
+for all links in one order, so that no two ranks wait for each other, nor does the first step.
+
+NCCL refuses two processes on one GPU. What they exchange goes by way of pinned host memory and one
+of the ways between CPUs: the send waits for the device and copies, and so does the wait for what
+arrives.
 """
 
 from __future__ import annotations
@@ -33,9 +44,10 @@ import torch
 import torch.distributed as dist
 
 from adaptis.errors import RankError
+from adaptis.execute.device import has_nccl
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from torch import Tensor
 
@@ -62,6 +74,10 @@ class Work(Protocol):
 class Wire(Protocol):
     """What carries messages; those of one sender with one tag arrive in their order."""
 
+    def prepare(self, links: Collection[tuple[int, int]]) -> None:
+        """Make the ways from one rank to another ready; every rank calls this with the same."""
+        ...
+
     def isend(self, tensor: Tensor, target: int, tag: int) -> Work:
         """Start handing over a contiguous tensor; it must stay as it is until this is done."""
         ...
@@ -75,8 +91,15 @@ def wire_of(world: World) -> Wire:
     """The way between the ranks of `world`, all of which call this; made once."""
     ranks = world.ranks()
     if ranks not in world.wires:
-        world.wires[ranks] = _shared(world) or TorchWire(world.group)
+        world.wires[ranks] = _made(world)
     return world.wires[ranks]
+
+
+def _made(world: World) -> Wire:
+    if world.device.type == "cuda" and has_nccl() and world.size > 1:
+        return NcclWire(world)
+    wire = _shared(world) or TorchWire(world.group)
+    return StagedWire(wire) if world.device.type == "cuda" else wire
 
 
 class TorchWire:
@@ -86,6 +109,9 @@ class TorchWire:
         """Between the ranks of `group`; None: all."""
         self._group = group
 
+    def prepare(self, links: Collection[tuple[int, int]]) -> None:
+        """They are."""
+
     def isend(self, tensor: Tensor, target: int, tag: int) -> Any:
         """See `Wire`."""
         return dist.isend(tensor, group_dst=target, group=self._group, tag=tag)
@@ -93,6 +119,98 @@ class TorchWire:
     def irecv(self, tensor: Tensor, source: int, tag: int) -> Any:
         """See `Wire`."""
         return dist.irecv(tensor, group_src=source, group=self._group, tag=tag)
+
+
+class NcclWire:
+    """Messages between GPUs, each rank with one of its own; their order takes the place of tags."""
+
+    def __init__(self, world: World) -> None:
+        """Make the groups; every rank of `world` does this."""
+        self._rank, self._device = world.rank, world.device
+        self._up, self._down = world.new_group(), world.new_group()
+        self._ready: set[tuple[int, int]] = set()
+
+    def prepare(self, links: Collection[tuple[int, int]]) -> None:
+        """See `Wire`."""
+        for source, target in sorted(set(links) - self._ready):
+            first = torch.zeros(1, device=self._device)
+            if self._rank == source:
+                self.isend(first, target, 0).wait()
+            elif self._rank == target:
+                self.irecv(first, source, 0).wait()
+        self._ready.update(links)
+
+    def isend(self, tensor: Tensor, target: int, tag: int) -> Any:
+        """See `Wire`; begins after what the current stream was given before."""
+        group = self._up if target > self._rank else self._down
+        return dist.isend(tensor, group_dst=target, group=group)
+
+    def irecv(self, tensor: Tensor, source: int, tag: int) -> Any:
+        """See `Wire`; begins after what the current stream was given before."""
+        group = self._up if source < self._rank else self._down
+        return dist.irecv(tensor, group_src=source, group=group)
+
+
+class StagedWire:
+    """Tensors of a device, by way of the host's memory and another wire."""
+
+    def __init__(self, wire: Wire) -> None:
+        """`wire` carries tensors of the host."""
+        self._wire = wire
+
+    def prepare(self, links: Collection[tuple[int, int]]) -> None:
+        """See `Wire`."""
+        self._wire.prepare(links)
+
+    def isend(self, tensor: Tensor, target: int, tag: int) -> Work:
+        """See `Wire`; waits for what the current stream was given before."""
+        host = _host(tensor)
+        host.copy_(tensor, non_blocking=True)
+        if tensor.is_cuda:
+            torch.cuda.current_stream(tensor.device).synchronize()
+        return _Leaving(self._wire.isend(host, target, tag), host)
+
+    def irecv(self, tensor: Tensor, source: int, tag: int) -> Work:
+        """See `Wire`; nothing is written to `tensor` before the wait."""
+        host = _host(tensor)
+        return _Landing(self._wire.irecv(host, source, tag), host, tensor)
+
+
+def _host(tensor: Tensor) -> Tensor:
+    """A place on the host for its content; torch keeps pinned ones until a copy has read them."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+
+
+class _Leaving(NamedTuple):
+    """A copy on the host that is being sent, and stays until it is."""
+
+    work: Work
+    host: Tensor
+
+    def wait(self) -> None:
+        """Until it is gone."""
+        self.work.wait()
+
+    def is_completed(self) -> bool:
+        """Whether it is."""
+        return self.work.is_completed()
+
+
+class _Landing(NamedTuple):
+    """A message that arrives on the host, and goes to the device from there."""
+
+    work: Work
+    host: Tensor
+    tensor: Tensor
+
+    def wait(self) -> None:
+        """Until it is there, for what the current stream is given from now on."""
+        self.work.wait()
+        self.tensor.copy_(self.host, non_blocking=True)
+
+    def is_completed(self) -> bool:
+        """Only `wait` looks."""
+        return False
 
 
 class SharedWire:
@@ -128,6 +246,9 @@ class SharedWire:
             self._inboxes.append(opened[0])
             self._memories.append(_Memory(opened[1]))
         return True
+
+    def prepare(self, links: Collection[tuple[int, int]]) -> None:
+        """They are."""
 
     def isend(self, tensor: Tensor, target: int, tag: int) -> Work:
         """See `Wire`."""

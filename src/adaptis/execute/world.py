@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from adaptis.errors import InputError, RankError
+from adaptis.execute.device import CPU, backend_of, take_device
 from adaptis.execute.guard import Guard
 from adaptis.execute.watch import ProgressRecord
 
@@ -42,6 +43,7 @@ class World:
     cores: tuple[int, ...]  # that all ranks of this machine may use
     group: Any = None  # of processes; None: all that there are
     wires: dict[tuple[int, ...], Any] = field(default_factory=dict)  # by ranks, see `wire`
+    device: torch.device = CPU  # where this rank computes
 
     def along(self, mesh: DeviceMesh | None) -> World:
         """This rank among those of a part of a mesh; None: by itself."""
@@ -128,18 +130,24 @@ def _group_of(ranks: list[int] | None) -> Any:
 
 @contextlib.contextmanager
 def seated(seat: Seat, connection: Connection) -> Iterator[World]:
-    """Join the run that our own supervisor started."""
+    """Join the run that our own supervisor started.
+
+    Raises:
+        InputError: the device that was asked for is not there.
+    """
+    device = take_device(seat.device, seat.rank)
     torch.set_num_threads(seat.threads)
     progress = ProgressRecord(seat.record, seat.rank)
     store = dist.FileStore(seat.store, seat.num_ranks)
+    backend = backend_of(device, store, seat.rank, seat.num_ranks)
     dist.init_process_group(
-        "gloo", store=store, rank=seat.rank, world_size=seat.num_ranks, timeout=TIMEOUT
+        backend, store=store, rank=seat.rank, world_size=seat.num_ranks, timeout=TIMEOUT
     )
 
     def tell(*message: Any) -> None:
         connection.send(message)
 
-    world = World(seat.rank, seat.num_ranks, progress, tell, seat.cores)
+    world = World(seat.rank, seat.num_ranks, progress, tell, seat.cores, device=device)
     yield world  # after an error the process ends, which closes all that is open
     world.barrier()
     progress.depart()
@@ -152,17 +160,19 @@ def under_torchrun() -> bool:
 
 
 @contextlib.contextmanager
-def launched(say: Callable[[str, dict[str, Any]], None]) -> Iterator[World]:
+def launched(say: Callable[[str, dict[str, Any]], None], device: str = "cpu") -> Iterator[World]:
     """Join the run that `torchrun` started; rank 0 says what there is to say.
 
     Raises:
-        InputError: the port of the rendezvous is taken.
+        InputError: the port of the rendezvous is taken, or `device` is not there.
         RankError: another rank was lost.
     """
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     try:
+        place = take_device(device, int(os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0"))))
         store, rank, size = next(dist.rendezvous("env://", timeout=MEETING))
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        backend = backend_of(place, store, rank, size)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         raise _rendezvous_error(error) from None
     except ValueError as error:
@@ -181,7 +191,7 @@ def launched(say: Callable[[str, dict[str, Any]], None]) -> Iterator[World]:
 
     try:
         with guard.watching():
-            world = World(rank, size, guard.record, tell, cores)
+            world = World(rank, size, guard.record, tell, cores, device=place)
             world.barrier()
             guard.forget_file()
             yield world

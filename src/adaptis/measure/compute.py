@@ -64,6 +64,7 @@ class StageCompute:
         seed: int = 0,
         autocast: torch.dtype | None = None,
         first: int = 0,
+        device: torch.device | str = "cpu",
     ) -> None:
         """Take a stage.
 
@@ -76,6 +77,7 @@ class StageCompute:
             seed: of the random numbers that layers draw.
             autocast: what products are computed in, where it is not the parameters' own type.
             first: the number that micro-batch 0 has in the step, among those of all replicas.
+            device: where a stage without parameters computes; others do where those are.
         """
         self.module = module
         self.losses: dict[int, Tensor] = {}  # micro-batch -> this stage's share of the step's loss
@@ -83,7 +85,7 @@ class StageCompute:
         self._last = last
         self._recompute = recompute
         self._seed, self._autocast, self._first = seed, autocast, first
-        self._device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        self._device = next((p.device for p in module.parameters()), torch.device(device))
         self._saved: dict[int, _Saved] = {}
         self._pending: dict[int, Pending] = {}
         self._moving: set[tuple[nn.Module, str]] | None = None  # buffers; None before the first F

@@ -94,9 +94,10 @@ class LayerMeter:
             offset: 0 to 1, where in the chain a round begins: processes that measure side by side
                 should not all be at the same layer, for they will not be in training.
         """
-        self._model, self._microbatch, self._seed, self._device = model, microbatch, seed, device
         self._rounds = 0
         self._weight = 1.0 / model.weight(microbatch)
+        microbatch = {name: tensor.to(device) for name, tensor in microbatch.items()}
+        self._model, self._microbatch, self._seed, self._device = model, microbatch, seed, device
         self._singles, self._run = _subjects(model, microbatch, self._weight, seed, device)
         subjects = [*self._singles.values(), *([self._run] if self._run else [])]
         first = int(offset * len(subjects))
@@ -105,7 +106,7 @@ class LayerMeter:
             self.round(keep=False)
         for subject in self._singles.values():
             _sizes(subject, microbatch, self._weight)
-            _update(subject, optimizer)
+            _update(subject, optimizer, device)
 
     def round(self, *, keep: bool = True) -> None:
         """Time each layer once: all F, then all B; all F, all I, all W.
@@ -143,7 +144,9 @@ class LayerMeter:
                 "I": partial(compute.backward_input, 0, gradient),
                 "W": partial(compute.backward_weight, 0),
             }
-            _timed(subject, letter, calls[letter], keep=keep)
+            seconds = _seconds(calls[letter], self._device)
+            if keep:
+                subject.seconds[letter].append(seconds)
 
     def forget(self) -> None:
         """Start the rounds anew."""
@@ -172,6 +175,8 @@ class LayerMeter:
 
 
 def _machine(device: torch.device | str) -> str:
+    if torch.device(device).type == "cuda":
+        device = torch.cuda.get_device_name(device)
     return f"torch {torch.__version__}, {torch.get_num_threads()} thread(s), {device}"
 
 
@@ -215,7 +220,7 @@ def _subject(
     device: torch.device | str,
 ) -> _Subject:
     module = model.build(start, stop, seed=seed, device=device)
-    compute = StageCompute(model, module, last=stop == len(model.layers))
+    compute = StageCompute(model, module, last=stop == len(model.layers), device=device)
     return _Subject(start, stop, compute, module, inputs)
 
 
@@ -231,11 +236,16 @@ def _output(
     return output
 
 
-def _timed(subject: _Subject, letter: str, call: Callable[[], object], *, keep: bool) -> None:
+def _seconds(call: Callable[[], object], device: torch.device | str) -> float:
+    """How long a call takes, until the device has done what it was given."""
+    cuda = torch.device(device).type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(device)
     begin = time.perf_counter()
     call()
-    if keep:
-        subject.seconds[letter].append(time.perf_counter() - begin)
+    if cuda:
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
 
 
 def _sizes(subject: _Subject, microbatch: Microbatch, weight: float) -> None:
@@ -259,17 +269,13 @@ def _sizes(subject: _Subject, microbatch: Microbatch, weight: float) -> None:
     subject.compute.split(on=False)
 
 
-def _update(subject: _Subject, optimizer: Optimizer) -> None:
+def _update(subject: _Subject, optimizer: Optimizer, device: torch.device | str) -> None:
     """Seconds of the optimizer's step; the second one, when its state exists."""
     parameters = [p for p in subject.module.parameters() if p.grad is not None]
     if not parameters:
         return
     instance = optimizer(parameters)
-    times = []
-    for _ in range(4):
-        begin = time.perf_counter()
-        instance.step()
-        times.append(time.perf_counter() - begin)
+    times = [_seconds(instance.step, device) for _ in range(4)]
     subject.update = min(times[1:])
 
 
