@@ -5,8 +5,9 @@
 1. Real layers, two processes: four models, each under seven schedules, the planner's among them.
    All train side by side, a step of each in turn, and each layer is timed once more after each
    round (the machine's speed drifts), so that prediction and measurement have the same weather.
-   The losses must be those of plain training. Memory: the peak of each device as predicted, beside
-   what was counted in one more step.
+   The losses must be those of plain training. Their measured times are the end-to-end speed-ups of
+   the planner's plan over uniform 1F1B, the best interleaved schedule and the others. Memory: the
+   peak of each device as predicted, beside what was counted in one more step.
 2. Layers that sleep for the published times of two models, four and eight processes: what is left
    is the order, the waiting and the transfers. The profile is what was given, plus what a sleep
    takes too long; that and what a message costs are measured beside the run, without it.
@@ -162,6 +163,13 @@ def show(rows: list[dict[str, Any]]) -> None:
     )
 
 
+def speedups(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """How many times as fast the planner's plan ran as the others, beside them in the same run."""
+    seconds = {row["schedule"]: row["measured_seconds"] for row in rows}
+    ours = seconds.pop("adaptis")
+    return {name: each / ours for name, each in seconds.items()}
+
+
 def summary(rows: Sequence[dict[str, Any]], key: str) -> dict[str, float]:
     """The mean and the worst of the absolute errors."""
     errors = [abs(row[key]) for row in rows if key in row]
@@ -186,6 +194,13 @@ def main() -> None:
             rows = study_sleeping(size, name, max(3, arguments.steps // 2))
             sleeping += rows
             show(rows)
+    faster = {}
+    for name in dict.fromkeys(row["model"] for row in real):
+        faster[name] = speedups([row for row in real if row["model"] == name])
+    if faster:
+        names = list(next(iter(faster.values())))
+        ratios = [(model, *(f"{found[n]:.2f}x" for n in names)) for model, found in faster.items()]
+        table("the planner's plan, times as fast as", ("model", *names), ratios)
     figures = {
         "real": summary(real, "error"),
         "peak_memory": summary(real, "peak_error"),
@@ -196,7 +211,7 @@ def main() -> None:
             mean, worst = found["mean"], found["worst"]
             print(f"{name}: {found['cases']} cases, mean {mean:.2%}, worst {worst:.2%}")
     output = HERE / "results" / f"fidelity-{time.strftime('%Y-%m-%d')}.json"
-    write_json(output, {"summary": figures, "rows": real + sleeping})
+    write_json(output, {"summary": figures, "speedups": faster, "rows": real + sleeping})
     scene = scatter(real + sleeping, "Training steps: predicted against measured")
     write_text(output.with_suffix(".svg"), svg.paint(scene))
     write_bytes(output.with_suffix(".png"), png.paint(scene))

@@ -50,6 +50,12 @@ def test_errors_are_relative_to_the_measurement_and_summed_up_as_they_are():
     assert fidelity.summary([], "error") == {}
 
 
+def test_speedups_are_over_the_plan_that_was_found():
+    found = [row(2.0, 2.0) | {"schedule": "gpipe"}, row(1.5, 1.5), row(1.0, 1.1)]
+    found[2]["schedule"] = "adaptis"
+    assert fidelity.speedups(found) == {"gpipe": 2.0, "1f1b": 1.5}
+
+
 def test_the_scatter_plot_has_a_dot_for_each_row_and_one_in_the_legend():
     rows = [row(10.0**-k, 10.0**-k * 1.02, f"m{k % 3}") for k in range(4)]
     scene = scatter(rows, "Steps & <more>")
