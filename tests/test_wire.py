@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 
 from adaptis.errors import RankError
 from adaptis.execute import wire as wires
@@ -68,6 +69,13 @@ def test_the_sender_may_change_what_it_has_sent():
     one.isend(there, 1, 0).wait()
     there.zero_()
     assert torch.equal(received(two, there, 0, 0), torch.ones(5))
+
+
+def test_a_result_of_a_collective_is_waited_for():
+    one, two = ends(2)
+    there = torch.arange(6.0).view(2, 3)
+    one.isend(AsyncCollectiveTensor(there), 1, 0)
+    assert torch.equal(received(two, there, 0, 0), there)
 
 
 def test_there_are_no_more_slots_than_messages_on_their_way():

@@ -252,6 +252,8 @@ class SharedWire:
 
     def isend(self, tensor: Tensor, target: int, tag: int) -> Work:
         """See `Wire`."""
+        if type(tensor) is not torch.Tensor:  # the result of a collective may still be on its way
+            tensor = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
         size, memory = tensor.nbytes, self._memory
         slot = self._free_slot(_HEAD + size)
         content = memory.address(slot + _HEAD, size)
