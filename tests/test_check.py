@@ -281,7 +281,10 @@ def test_a_deadlock_of_computations_is_found_under_posted_semantics():
 
 def test_a_deadlock_of_computations_hangs_over_gloo(ranks):
     program = written(*WANTING, placement=(0, 1), microbatches=2)
-    assert all("Timed out" in answer for answer in ranks.run(program, Semantics.POSTED, 1.0))
+    # Whoever gives up first closes its connections, which the other may hear of before its own end.
+    answers = ranks.run(program, Semantics.POSTED, 1.0)
+    assert all(answers)
+    assert any("Timed out" in answer for answer in answers)
 
 
 def test_the_good_program_of_the_next_tests_is_good():
