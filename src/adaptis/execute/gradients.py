@@ -18,7 +18,7 @@ import torch
 
 from adaptis.execute.mesh import refuse_unlike
 from adaptis.execute.units import layout_of, local, place
-from adaptis.execute.wire import TorchWire, wire_of
+from adaptis.execute.wire import wire_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -79,8 +79,7 @@ class Gradients:
         self.shared = [(name, ranks) for name, ranks in holders.items() if len(ranks) > 1]
         elsewhere = {name for name, ranks in self.shared if ranks[0] != self._world.rank}
         elsewhere |= {piece.key for piece in self._pieces}
-        on_gpu = self._world.device.type == "cuda"
-        self._wire = wire_of(self._world) if on_gpu else TorchWire(self._world.group)
+        self._wire = wire_of(self._world)
         self._wire.prepare(self._links())
         self._counted = [
             p for name, p in self._parameters.items() if name not in elsewhere and mesh.counts(p)
@@ -125,11 +124,13 @@ class Gradients:
         for index, piece in enumerate(self._pieces):
             tag = _TAG + index
             if self._world.rank == piece.holder:
-                works.append(self._send(_gradient(self._parameters[piece.key]), piece.owner, tag))
+                works.append(
+                    self._wire.isend(_gradient(self._parameters[piece.key]), piece.owner, tag)
+                )
             elif self._world.rank == piece.owner:
                 whole = _gradient(self._parameters[piece.name])
                 buffer = torch.empty_like(whole[piece.start : piece.stop])
-                arrived.append((piece, buffer, self._receive(buffer, piece.holder, tag)))
+                arrived.append((piece, buffer, self._wire.irecv(buffer, piece.holder, tag)))
         for piece, buffer, work in arrived:
             _wait(work)
             _gradient(self._parameters[piece.name])[piece.start : piece.stop] += buffer
@@ -142,10 +143,10 @@ class Gradients:
             tag = _TAG + index
             if self._world.rank == piece.owner:
                 rows = _gradient(self._parameters[piece.name])[piece.start : piece.stop]
-                works.append((self._send(rows, piece.holder, tag), rows))
+                works.append((self._wire.isend(rows, piece.holder, tag), rows))
             elif self._world.rank == piece.holder:
                 rows = _gradient(self._parameters[piece.key])
-                works.append((self._receive(rows, piece.owner, tag), rows))
+                works.append((self._wire.irecv(rows, piece.owner, tag), rows))
         for work, _ in works:
             _wait(work)
 
@@ -161,9 +162,9 @@ class Gradients:
                 if rank == self._world.rank:
                     terms.append((own, None))
                 else:
-                    sends.append(self._send(own, rank, tag))
+                    sends.append(self._wire.isend(own, rank, tag))
                     other = torch.empty_like(own)
-                    terms.append((other, self._receive(other, rank, tag)))
+                    terms.append((other, self._wire.irecv(other, rank, tag)))
             arriving.append((own, terms))
         totals = []
         for own, terms in arriving:
@@ -177,12 +178,6 @@ class Gradients:
             _wait(work)
         for own, total in totals:
             own.copy_(total)
-
-    def _send(self, tensor: Tensor, target: int, tag: int) -> Any:
-        return self._wire.isend(tensor, target, tag)
-
-    def _receive(self, tensor: Tensor, source: int, tag: int) -> Any:
-        return self._wire.irecv(tensor, source, tag)
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

@@ -29,7 +29,7 @@ from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
 from adaptis.errors import Error, RankError
 from adaptis.execute.launch import describe_error
-from adaptis.execute.watch import POLL, Account, ProgressRecord, Watch, blank_records
+from adaptis.execute.watch import POLL, Account, ProgressRecord, Watch, blank_records, this_machine
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,8 +63,7 @@ class Guard:
 
     def _meet(self, size: int) -> Path:
         """The file of the records, which all ranks of this machine share."""
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        key = f"adaptis/records/{boot}/{Path('/proc/self/ns/pid').readlink()}"
+        key = f"adaptis/records/{this_machine()}"
         if self._store.add(f"{key}/count", 1) == 1:
             with tempfile.NamedTemporaryFile(prefix="adaptis-", delete=False) as file:
                 file.write(blank_records(size))

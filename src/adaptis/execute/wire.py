@@ -37,7 +37,6 @@ import sys
 import time
 import weakref
 from collections import deque
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
@@ -45,6 +44,7 @@ import torch.distributed as dist
 
 from adaptis.errors import RankError
 from adaptis.execute.device import has_nccl
+from adaptis.execute.watch import this_machine
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -388,7 +388,4 @@ def _shared(world: World) -> SharedWire | None:
 
 def _machine() -> str:
     """Equal for two processes that may share memory; empty: nobody can."""
-    if sys.platform != "linux":
-        return ""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    return this_machine() if sys.platform == "linux" else ""
