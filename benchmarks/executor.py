@@ -25,8 +25,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import math
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -35,8 +33,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from running.models import Block, Perceptron, Trivial, numbers, squares
-from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, schedules
+from running.rival import Pipeline
+from torch import nn
 
 from adaptis.exchange.torch_csv import read_schedule
 from adaptis.execute.launch import launch
@@ -62,11 +60,6 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 LAYERS, MICROBATCHES, WARMUP = 8, 8, 5
 PLACEMENTS = {"1f1b": (0, 1), "interleaved": (0, 1, 0, 1), "zb-v": (0, 1, 1, 0)}
-CLASSES: dict[str, Any] = {
-    "1f1b": schedules.Schedule1F1B,
-    "interleaved": schedules.ScheduleInterleaved1F1B,
-    "zb-v": schedules.ScheduleZBVZeroBubble,
-}
 sgd = functools.partial(torch.optim.SGD, lr=0.1)
 
 
@@ -101,56 +94,19 @@ def layers_of(model: Chain, start: int, stop: int) -> list[nn.Module]:
     return [model.build(i, i + 1, seed=0).get_submodule(f"layers.{i}") for i in range(start, stop)]
 
 
-class Torch:
-    """The same training by torch's runtime."""
-
-    def __init__(self, world: World, size: Size, name: str) -> None:
-        placement = PLACEMENTS[name]
-        each = LAYERS // len(placement)
-        model = model_of(size)
-        self.world = world
-        self.mine = [s for s, device in enumerate(placement) if device == world.rank]
-        self.first, self.last = 0 in self.mine, len(placement) - 1 in self.mine
-        self.modules = [
-            nn.Sequential(*layers_of(model, s * each, (s + 1) * each)) for s in self.mine
-        ]
-        cpu = torch.device("cpu")
-        stages = [
-            PipelineStage(module, s, len(placement), cpu)
-            for s, module in zip(self.mine, self.modules, strict=True)
-        ]
-        scale = 1.0 / (MICROBATCHES * math.prod(size.shape))
-        self.schedule = CLASSES[name](
-            stages[0] if name == "1f1b" else stages,
-            MICROBATCHES,
-            loss_fn=lambda output, target: (output - target).square().sum() * scale,
-            scale_grads=False,
-        )
-        self.parameters = [p for module in self.modules for p in module.parameters()]
-        self.optimizer = sgd(self.parameters)
-
-    def step(self, batch: list[Microbatch]) -> float:
-        joined = {
-            key: torch.cat([microbatch[key] for microbatch in batch])
-            for key in ("inputs", "labels")
-        }
-        losses: list[Tensor] = []
-        more: dict[str, Any] = {"target": joined["labels"], "losses": losses} if self.last else {}
-        given = [joined["inputs"]] if self.first else []
-        self.schedule.step(*given, return_outputs=False, **more)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return self.world.sum(float(torch.stack(losses).detach().sum()) if losses else 0.0)
-
-    def dumped(self) -> str:
-        """The schedule that runs, as CSV."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "schedule.csv")
-            self.schedule._dump_csv(str(path), format="compute_only")
-            return path.read_text()
+def rival(world: World, size: Size, name: str) -> Pipeline:
+    """The same training by torch's runtime, with the layers as they are."""
+    placement, model = PLACEMENTS[name], model_of(size)
+    each = LAYERS // len(placement)
+    modules = {
+        s: nn.Sequential(*layers_of(model, s * each, (s + 1) * each))
+        for s, device in enumerate(placement)
+        if device == world.rank
+    }
+    return Pipeline(world, model, modules, name, len(placement), MICROBATCHES, sgd)
 
 
-def plan_of(name: str, theirs: Torch) -> Plan:
+def plan_of(name: str, theirs: Pipeline) -> Plan:
     """What torch runs, as a plan of ours."""
     count = len(PLACEMENTS[name])
     each = LAYERS // count
@@ -166,7 +122,7 @@ def plan_of(name: str, theirs: Torch) -> Plan:
 def race(world: World, model: str, name: str, steps: int) -> dict[str, Any]:
     """(begin, end, processor seconds) of every step on this rank, ours and torch's."""
     size = MODELS[model]
-    theirs = Torch(world, size, name)
+    theirs = rival(world, size, name)
     plan = plan_of(name, theirs)
     ours = Session(world, model_of(size), plan, optimizer=sgd, key=0)
     runners = {"ours": lambda b: ours.step(b).loss, "torch": theirs.step}

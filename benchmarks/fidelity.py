@@ -1,10 +1,11 @@
 """How true the predictions are: simulated steps beside executed ones.
 
-    python benchmarks/fidelity.py [--only real|sleeping] [--model NAME] [--steps 8]
+    python benchmarks/fidelity.py [--only real|sleeping] [--model NAME] [--steps 12]
 
 1. Real layers, two processes: four models, each under seven schedules, the planner's among them.
-   All train side by side, a step of each in turn, and each layer is timed once more after each
-   round (the machine's speed drifts), so that prediction and measurement have the same weather.
+   All train side by side, a step of each in turn, and every layer is timed once before each step.
+   The machine's speed drifts, so a plan's prediction is that from the times right before and right
+   after its own steps: prediction and measurement have the same weather.
    The losses must be those of plain training. Their measured times are the end-to-end speed-ups of
    the planner's plan over uniform 1F1B, the best interleaved schedule and the others. Memory: the
    peak of each device as predicted, beside what was counted in one more step.
@@ -12,8 +13,10 @@
    is the order, the waiting and the transfers. The profile is what was given, plus what a sleep
    takes too long; that and what a message costs are measured beside the run, without it.
 
-Errors are predicted / measured - 1, of the median step. Prints tables, writes
-`benchmarks/results/fidelity-DATE.json` and the scatter plots `fidelity-DATE.svg` and `.png`.
+Errors are predicted / measured - 1, of the typical step: as the layers' times are, the mean without
+the outermost tenth on either side. Prints tables, writes
+`benchmarks/results/fidelity-DATE.json` (`fidelity-real-DATE.json` of the first part alone) and the
+scatter plots beside it, `.svg` and `.png`.
 """
 
 from __future__ import annotations
@@ -24,23 +27,21 @@ import json
 import math
 import time
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from running.figure import scatter
-from running.models import attention_chain, random_tokens, uneven_chain
+from running.models import MICROBATCHES, MODELS, batches_of, model_of
 from running.sleeping import predict, sleeping_rank
 
 from adaptis.cluster import Cluster, cluster_from_json, uniform
 from adaptis.console import table
 from adaptis.execute.contest import Contest, contest_rank
-from adaptis.execute.data import TextBatches
 from adaptis.execute.launch import launch
 from adaptis.execute.train import adamw
 from adaptis.files import write_bytes, write_json, write_text
-from adaptis.measure.zoo import load_preset, read_preset
 from adaptis.plan import plan_from_json, plan_to_json
-from adaptis.profile import Profile, load_profile, profile_from_json, profile_to_json
+from adaptis.profile import Profile, load_profile, profile_from_json, profile_to_json, typical
 from adaptis.report import png, svg
 from adaptis.search import BASELINES, Stop, search
 from adaptis.simulate import simulate_plan
@@ -49,16 +50,13 @@ from adaptis.timeline import timeline_from_json
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from adaptis.measure.stage import Microbatch, TorchModel
     from adaptis.plan import Plan
 
 HERE = Path(__file__).parent
 PROFILES = HERE.parent / "tests" / "data" / "profiles"
-MICROBATCHES, WARMUP = 8, 2
+WARMUP = 2
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-v", "1f1b-uneven")
-CHAINS = {"attention": attention_chain, "uneven": uneven_chain}
 ASLEEP = ((4, "nemotron-nano-v2-9b"), (8, "llama3-70b"))
-MODELS = ("demo-hybrid", "demo-large-vocabulary", *CHAINS)
 
 
 def plans_of(profile: Profile, cluster: Cluster, microbatches: int, seconds: float) -> list[Plan]:
@@ -72,19 +70,6 @@ def contestants(profile: Profile, cluster: Cluster, say: Callable[..., None]) ->
     return plans_of(profile, cluster, MICROBATCHES, seconds=3.0)
 
 
-def model_of(name: str) -> TorchModel:
-    return CHAINS[name]() if name in CHAINS else load_preset(name)
-
-
-def batches_of(name: str) -> Callable[[int], Sequence[Microbatch]]:
-    if name in CHAINS:
-        return functools.partial(random_tokens, count=MICROBATCHES)
-    recipe = read_preset(name)
-    return TextBatches(
-        MICROBATCHES, recipe.batch_size, recipe.sequence, recipe.tokenizer, recipe.vocabulary
-    )
-
-
 def study_real(name: str, steps: int) -> list[dict[str, Any]]:
     """One model under all schedules, in two processes."""
     contest = Contest(
@@ -95,18 +80,19 @@ def study_real(name: str, steps: int) -> list[dict[str, Any]]:
         steps=WARMUP + steps,
         num_microbatches=MICROBATCHES,
         warmup=WARMUP,
+        closely=True,
     )
     result = launch(contest_rank, 2, contest)[0]
-    profile = profile_from_json(result["profile_during_race"])
     cluster = cluster_from_json(result["cluster"])
     rows = []
     for value, found in zip(result["plans"], result["contestants"], strict=True):
         pairs = zip(found["losses"], result["reference_losses"], strict=True)
         assert all(math.isclose(*pair, rel_tol=1e-4) for pair in pairs), "not plain training's loss"
+        profile = profile_from_json(found["profile"])
         predicted = simulate_plan(plan_from_json(value), profile, cluster)
         counted = timeline_from_json(found["timeline"]).peak_bytes
         both = zip(predicted.peak_bytes, counted, strict=True)
-        row = judged(name, found["name"], predicted.step, median(found["step_seconds"]))
+        row = judged(name, found["name"], predicted.step, typical(found["step_seconds"]))
         row["predicted_peak_bytes"], row["counted_peak_bytes"] = [*predicted.peak_bytes], [*counted]
         row["peak_error"] = max((p / m - 1 for p, m in both), key=abs)
         rows.append(row)
@@ -180,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=("real", "sleeping"))
     parser.add_argument("--model", choices=MODELS, help="only this one of the real models")
-    parser.add_argument("--steps", type=int, default=8, help="timed steps of each plan")
+    parser.add_argument("--steps", type=int, default=12, help="timed steps of each plan")
     arguments = parser.parse_args()
     real: list[dict[str, Any]] = []
     sleeping: list[dict[str, Any]] = []
@@ -210,7 +196,8 @@ def main() -> None:
         if found:
             mean, worst = found["mean"], found["worst"]
             print(f"{name}: {found['cases']} cases, mean {mean:.2%}, worst {worst:.2%}")
-    output = HERE / "results" / f"fidelity-{time.strftime('%Y-%m-%d')}.json"
+    part = f"fidelity-{arguments.only}" if arguments.only else "fidelity"
+    output = HERE / "results" / f"{part}-{time.strftime('%Y-%m-%d')}.json"
     write_json(output, {"summary": figures, "speedups": faster, "rows": real + sleeping})
     scene = scatter(real + sleeping, "Training steps: predicted against measured")
     write_text(output.with_suffix(".svg"), svg.paint(scene))

@@ -98,14 +98,12 @@ def train_rank(seat, connection, names, ways=("own",)):
             world.wires[world.ranks()] = wires[way]
             for name in names:
                 world.phase(f"in {name}, {way}")
-                found[name, way] = train(world, wires[way], *cases()[name])
+                found[name, way] = train(world, *cases()[name])
         return str(world.device), type(own).__name__, found
 
 
-def train(world, wire, make, plan):
+def train(world, make, plan):
     session = Session(world, make(), plan, optimizer=tiny.sgd, seed=SEED)
-    wire.prepare(session._gradients._links())
-    session._gradients._wire = wire
     losses, steps = [], []
     for step in range(STEPS):
         batch = tiny.batches(plan.num_microbatches, step, uneven=True)

@@ -361,6 +361,7 @@ class SlowSimulator(Costs):
             holders = {d for layer in shared.layers for d in self.holders(layer)}
             if len(holders) > 1:
                 together = max(ends[d] for d in holders) + 2 * self.slowest(holders, shared.bytes)
+                together += shared.seconds
                 for d in holders:
                     ends[d] = together
         if self.plan.clipped:

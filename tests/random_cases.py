@@ -58,7 +58,7 @@ def _profile(rng, num_layers):
         pair, half = tuple(sorted(rng.sample(range(num_layers), 2))), size()
         for i in pair:
             layers[i] = replace(layers[i], parameter_bytes=2 * half, state_bytes=8 * half)
-        shared = (Shared(pair, half),)
+        shared = (Shared(pair, half, seconds()),)
     overheads = Overheads(*(rng.choice((0.0, seconds() / 4)) for _ in range(6)))
     tokens = 3 * rng.randint(1, 16)
     return Profile("random", tokens, tuple(layers), overheads=overheads, shared=shared)

@@ -38,7 +38,7 @@ def _profile(rng, n):
     if rng.random() < 0.3:
         tied = tuple(sorted({0, n - 1, *rng.sample(range(n), min(n, rng.choice((0, 2))))}))
         size = min(layers[i].parameter_bytes for i in tied)
-        shared = (Shared(tied, size),) if len(tied) > 1 else ()
+        shared = (Shared(tied, size, rng.random() / 4),) if len(tied) > 1 else ()
     overheads = Overheads(*(rng.choice((0.0, rng.random() / 4)) for _ in range(6)))
     if rng.random() < 0.5:
         overheads = Overheads()

@@ -37,7 +37,7 @@ def make_profile(seed, num_layers, shared=False, overhead=True):
             LayerCost(str(i), "mlp", some(), half, weight, whole, update=some(3), **size),
         )
     ends = [rng.choice((0, 0.001)) for _ in range(6)] if overhead else []
-    pair = (Shared((0, num_layers - 1), 1),) if shared else ()
+    pair = (Shared((0, num_layers - 1), 1, 0.002),) if shared else ()
     return Profile("random", 1, tuple(layers), overheads=Overheads(*ends), shared=pair)
 
 

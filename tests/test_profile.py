@@ -52,7 +52,7 @@ profiles = st.builds(
     tokens_per_microbatch=st.integers(1, 1 << 40),
     layers=st.lists(layers, min_size=2, max_size=5).map(tuple),
     overheads=st.builds(Overheads, *[seconds] * 6),
-    shared=st.just(()) | st.just((Shared((0, 1), 8),)),
+    shared=st.just(()) | st.just((Shared((0, 1), 8, 0.25),)),
     devices=hints,
     microbatches=hints,
     source=st.text(),

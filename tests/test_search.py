@@ -56,7 +56,11 @@ def problems(draw, most_layers=8, memory=False):
     overheads = (
         Overheads(*random.uniform(0, 0.3, 6).tolist()) if draw(st.booleans()) else Overheads()
     )
-    shared = (Shared((0, n - 1), 3),) if n > 1 and draw(st.booleans()) else ()
+    shared = (
+        (Shared((0, n - 1), 3, float(random.uniform(0, 0.3))),)
+        if n > 1 and draw(st.booleans())
+        else ()
+    )
     profile = Profile("random", 1, layers, overheads, shared)
     p = draw(st.integers(1, 4))
     limits = random.uniform(150, 400, p).tolist() if memory else [float("inf")] * p

@@ -266,10 +266,10 @@ def test_a_recomputed_stage_that_takes_no_time_gives_its_input_back():
 
 
 def test_a_shared_parameter_is_summed_both_ways_before_the_optimizers():
-    profile = replace(uniform_profile(2, update=0.25), shared=(Shared((0, 1), 100),))
+    profile = replace(uniform_profile(2, update=0.25), shared=(Shared((0, 1), 100, 0.125),))
     cluster = uniform(2, link=Link(0.5, 100.0))
     timeline = simulate_plan(schedule_plan("1f1b", 2, 1), profile, cluster)
-    assert timeline.step == timeline.makespan + 2 * 1.5 + 0.25
+    assert timeline.step == timeline.makespan + 2 * 1.5 + 0.125 + 0.25
     together = Plan(1, (Stage(0, 2, 0),), SCHEDULES["1f1b"].orders(Shape(1, 1)))
     alone = simulate_plan(together, profile, uniform(1, link=Link(0.5, 100.0)))
     assert alone.step == alone.makespan + 0.5

@@ -9,12 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from adaptis.execute.data import TextBatches
 from adaptis.measure.stage import Chain
+from adaptis.measure.zoo import load_preset, read_preset
 
 if TYPE_CHECKING:
-    from adaptis.measure.stage import Microbatch
+    from collections.abc import Callable, Sequence
+
+    from adaptis.measure.stage import Microbatch, TorchModel
 
 VOCABULARY, SEQUENCE = 2048, 128
+MICROBATCHES = 8
 
 
 class Block(nn.Module):
@@ -95,3 +100,22 @@ def random_tokens(step: int, count: int) -> list[Microbatch]:
     generator = torch.Generator().manual_seed(step)
     ids = torch.randint(VOCABULARY, (count, 2, 2, SEQUENCE), generator=generator)
     return [{"inputs": inputs, "labels": labels} for inputs, labels in ids]
+
+
+CHAINS = {"attention": attention_chain, "uneven": uneven_chain}
+MODELS = ("demo-hybrid", "demo-large-vocabulary", *CHAINS)
+
+
+def model_of(name: str) -> TorchModel:
+    """One of `MODELS`."""
+    return CHAINS[name]() if name in CHAINS else load_preset(name)
+
+
+def batches_of(name: str) -> Callable[[int], Sequence[Microbatch]]:
+    """Its batches, by step."""
+    if name in CHAINS:
+        return functools.partial(random_tokens, count=MICROBATCHES)
+    recipe = read_preset(name)
+    return TextBatches(
+        MICROBATCHES, recipe.batch_size, recipe.sequence, recipe.tokenizer, recipe.vocabulary
+    )

@@ -6,19 +6,18 @@ import functools
 import json
 import time
 from dataclasses import replace
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from adaptis.cluster import Link, uniform
-from adaptis.execute.links import measure_links, typical
+from adaptis.execute.links import measure_links
 from adaptis.execute.session import Session
 from adaptis.execute.world import seated
 from adaptis.measure.stage import Chain
 from adaptis.plan import plan_from_json
-from adaptis.profile import Overheads, profile_from_json
+from adaptis.profile import Overheads, profile_from_json, typical
 from adaptis.simulate import simulate_plan
 from running.models import numbers, squares
 
@@ -106,8 +105,8 @@ def run_asleep(world: World, given: Profile, plan: Plan, key: int, steps: int) -
         results.append(session.step(ones(plan.num_microbatches)))
     measured = [session.timeline(result, plan.schedule).step for result in results[1:]]
     return {
-        "oversleep_seconds": median(extra),
-        "measured_seconds": median(measured),
+        "oversleep_seconds": typical(extra),
+        "measured_seconds": typical(measured),
     }
 
 

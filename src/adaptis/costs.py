@@ -294,7 +294,7 @@ def _shared(
 ) -> tuple[tuple[tuple[int, ...], float], ...]:
     """Each parameter that layers on different devices share.
 
-    Both ways over the slowest of their links.
+    Both ways over the slowest of their links, and the sum.
     """
     result = []
     for shared in profile.shared:
@@ -307,7 +307,7 @@ def _shared(
         if plan.head_reductions and profile.num_layers - 1 in shared.layers:
             owners = set(range(cluster.num_devices))
         if len(owners) > 1:
-            seconds = 2 * _slowest(cluster, sorted(owners), shared.bytes)
+            seconds = 2 * _slowest(cluster, sorted(owners), shared.bytes) + shared.seconds
             result.append((tuple(sorted(owners)), seconds))
     return tuple(result)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from itertools import pairwise
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from adaptis.errors import ProfileError
@@ -17,10 +18,20 @@ from adaptis.files import Fields, parse_json, read_json
 from adaptis.model import EMBEDDING, HEAD, fingerprint
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 VERSION = 1
 MAX_LAYERS = 1 << 16
+
+
+def typical(times: Sequence[float]) -> float:
+    """The mean without the outermost tenth on either side (of five or more, at least one).
+
+    A step adds up many instructions: means add up, medians do not, and times have a long tail.
+    """
+    cut = max(1, len(times) // 10) if len(times) > 4 else 0
+    return fmean(sorted(times)[cut : len(times) - cut])
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +82,7 @@ class Shared:
 
     layers: tuple[int, ...]
     bytes: int
+    seconds: float = 0.0  # to sum them, for each device that holds it; the links' come on top
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +190,7 @@ def profile_from_json(value: dict[str, Any], where: str = "profile") -> Profile:
             raise ProfileError(
                 f"{entry.where}: 'layers' must list two or more of the layers 0..{len(layers) - 1}"
             )
-        shared.append(Shared(indices, entry.count("bytes")))
+        shared.append(Shared(indices, entry.count("bytes"), entry.number("sum_seconds", 0.0)))
         entry.done()
     profile = Profile(
         model=top.take("model", str),
@@ -243,8 +255,13 @@ def profile_to_json(profile: Profile) -> dict[str, Any]:
             for f in fields(Overheads)
             if getattr(profile.overheads, f.name)
         },
-        "shared": [{"layers": list(s.layers), "bytes": s.bytes} for s in profile.shared],
+        "shared": [_shared_to_json(shared) for shared in profile.shared],
         "layers": layers,
     }
     optional = ("devices", "microbatches", "source", "machine", "overheads", "shared")
     return {key: item for key, item in result.items() if item or key not in optional}
+
+
+def _shared_to_json(shared: Shared) -> dict[str, Any]:
+    entry: dict[str, Any] = {"layers": list(shared.layers), "bytes": shared.bytes}
+    return entry | ({"sum_seconds": shared.seconds} if shared.seconds else {})

@@ -23,7 +23,6 @@ tells their layers apart.
 from __future__ import annotations
 
 from dataclasses import replace
-from statistics import fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,7 +30,7 @@ import numpy as np
 from adaptis.comparison import workload_of
 from adaptis.errors import InputError, PlanError
 from adaptis.plan import load_plan
-from adaptis.profile import load_profile
+from adaptis.profile import load_profile, typical
 from adaptis.program import OPS, Op
 from adaptis.timeline import load_timeline
 
@@ -49,7 +48,6 @@ if TYPE_CHECKING:
     Run = tuple[int, int]  # layers from the first to before the second
 
 CAUTION = 0.02  # how far off durations are by themselves: noise of a stage's mean, relative
-TRIM = 0.1
 RAN_AS = {
     "forward": (Op.FORWARD, Op.RECOMPUTE),
     "backward": (Op.BACKWARD,),
@@ -139,8 +137,7 @@ def _means(plan: Plan, timeline: Timeline, ops: tuple[Op, ...]) -> dict[Run, flo
         seconds.setdefault((stage.start, stage.stop), []).append(took)
     result = {}
     for run, times in seconds.items():
-        cut = int(len(times) * TRIM)
-        result[run] = fmean(sorted(times)[cut : len(times) - cut])
+        result[run] = typical(times)
     return result
 
 

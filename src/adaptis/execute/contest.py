@@ -2,14 +2,14 @@
 
 Every contestant trains its own copy of the same weights on the same batches in the same processes;
 so does a plain single process, and the losses must agree. Alternating spreads the machine's noise
-over all of them alike. The layers are measured twice: before, to plan with, and again one round
-after each step of the race, so that a prediction can be held against its measurement under the same
-weather.
+over all of them alike. The layers are measured twice: before, to plan with, and again between the
+steps of the race, so that a prediction can be held against its measurement under the same weather.
 """
 
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from adaptis.cluster import cluster_to_json
 from adaptis.execute.memory import peak_bytes
 from adaptis.execute.prepare import Measurement
 from adaptis.execute.reference import Reference
-from adaptis.execute.session import Session
+from adaptis.execute.session import Session, StepResult
 from adaptis.execute.world import World, seated
 from adaptis.plan import plan_from_json, plan_to_json
 from adaptis.profile import profile_to_json
@@ -47,6 +47,7 @@ class Contest:
     num_microbatches: int
     warmup: int = 2  # steps that count for the losses, not for the times
     rounds: int = 9
+    closely: bool = False  # time the layers before every step of each plan, not once for all
     seed: int = 0
 
 
@@ -123,19 +124,24 @@ def _race(
         Session(world, model, plan, optimizer=contest.optimizer, seed=contest.seed, key=key)
         for key, plan in enumerate(plans)
     ]
+    meter, closely = measurement.meter, contest.closely
     losses: list[list[float]] = [[] for _ in plans]
-    timed: list[list[Any]] = [[] for _ in plans]
+    timed: list[list[StepResult]] = [[] for _ in plans]
+    beside: list[list[int]] = [[] for _ in plans]  # the rounds before and after each timed step
     world.phase("training")
     for step in range(contest.steps):
-        batch = contest.batches(step)
-        # Whoever goes first finds the caches cold: take turns.
-        turn = [(step + k) % len(plans) for k in range(len(plans))]
-        for key in turn:
+        batch, kept = contest.batches(step), step >= contest.warmup
+        # Each finds the caches and the memory as the one before left them: mix.
+        for key in random.Random(step).sample(range(len(plans)), len(plans)):
+            if closely:
+                world.barrier()
+                meter.round(keep=kept)
             world.barrier()
             result = sessions[key].step(batch)
             losses[key].append(result.loss)
-            if step >= contest.warmup:
+            if kept:
                 timed[key].append(result)
+                beside[key] += [meter.kept - 1, meter.kept]
             world.say(
                 "step",
                 name=plans[key].schedule,
@@ -143,22 +149,32 @@ def _race(
                 steps=contest.steps,
                 loss=result.loss,
             )
-        world.barrier()
-        measurement.meter.round(keep=step >= contest.warmup)
+        if not closely or step + 1 == contest.steps:
+            world.barrier()
+            meter.round(keep=kept)
     world.phase("collecting timelines")
+    last = contest.batches(contest.steps)
     results = []
     for key, session in enumerate(sessions):
-        timelines = [session.timeline(result, plans[key].schedule) for result in timed[key]]
-        timelines.sort(key=lambda timeline: timeline.step)
-        peak = peak_bytes(session, contest.batches(contest.steps))
-        peaks = tuple(int(text) for text in world.gather(str(peak)))
-        typical = replace(timelines[len(timelines) // 2], peak_bytes=peaks)
-        results.append(
-            {
-                "name": plans[key].schedule,
-                "losses": losses[key],
-                "step_seconds": [timeline.step for timeline in timelines],
-                "timeline": timeline_to_json(typical),
-            }
-        )
+        found = _typical(session, timed[key], last)
+        near = measurement.result(beside[key]).profile if closely else None
+        found |= {"losses": losses[key], "profile": near and profile_to_json(near)}
+        results.append(found)
     return results
+
+
+def _typical(
+    session: Session, steps: Sequence[StepResult], batch: Sequence[Microbatch]
+) -> dict[str, Any]:
+    """A contestant's steps, and the median one's timeline with the memory that `batch` takes."""
+    name = session.plan.schedule
+    timelines = [session.timeline(step, name) for step in steps]
+    timelines.sort(key=lambda timeline: timeline.step)
+    peak = peak_bytes(session, batch)
+    peaks = tuple(int(text) for text in session.world.gather(str(peak)))
+    median = replace(timelines[len(timelines) // 2], peak_bytes=peaks)
+    return {
+        "name": name,
+        "step_seconds": [timeline.step for timeline in timelines],
+        "timeline": timeline_to_json(median),
+    }

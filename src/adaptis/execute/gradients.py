@@ -12,21 +12,25 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from adaptis.execute.device import synchronise
 from adaptis.execute.mesh import refuse_unlike
 from adaptis.execute.units import layout_of, local, place
 from adaptis.execute.wire import wire_of
+from adaptis.profile import typical
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor, nn
 
     from adaptis.execute.mesh import Mesh
     from adaptis.execute.rows import Rows
+    from adaptis.execute.world import World
 
 _TAG = 1 << 30  # above every tag of the transport
 
@@ -166,18 +170,48 @@ class Gradients:
                     other = torch.empty_like(own)
                     terms.append((other, self._wire.irecv(other, rank, tag)))
             arriving.append((own, terms))
-        totals = []
+        for work in sends:
+            _wait(work)  # what leaves must not change before
         for own, terms in arriving:
             for _, work in terms:
                 _wait(work)
-            total = terms[0][0].clone()
-            for term, _ in terms[1:]:
-                total += term
-            totals.append((own, total))
-        for work in sends:
-            _wait(work)
-        for own, total in totals:
-            own.copy_(total)
+            _sum(own, [term for term, _ in terms])
+
+
+def _sum(own: Tensor, terms: Sequence[Tensor]) -> None:
+    """The sum of `terms` in their order, in `own`, which is one of them; the others are spent."""
+    total, *rest = terms
+    if rest[0] is own:
+        total, rest[0] = own, total  # of two numbers the order makes no difference
+    for term in rest:
+        total += term
+    if total is not own:
+        own.copy_(total)
+
+
+def measure_sum(world: World, num_bytes: int, rounds: int = 10) -> float:
+    """Seconds in which two ranks sum a gradient of so many bytes that both hold.
+
+    Every rank calls this; they do it two by two, each with its neighbour.
+    """
+    own = torch.zeros(max(num_bytes // 4, 1), device=world.device)
+    wire, other = wire_of(world), world.rank ^ 1
+    pairs = [(left, left + 1) for left in range(0, world.size - 1, 2)]
+    wire.prepare([link for a, b in pairs for link in ((a, b), (b, a))])
+    times = []
+    for _ in range(rounds):
+        world.barrier()
+        begin = time.perf_counter()
+        if other < world.size:
+            sent = wire.isend(own, other, _TAG)
+            term = torch.empty_like(own)
+            arriving = wire.irecv(term, other, _TAG)
+            _wait(sent)
+            _wait(arriving)
+            _sum(own, [own, term])
+            synchronise(world.device)
+        times.append(time.perf_counter() - begin)
+    return typical(times)
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

@@ -13,7 +13,6 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,10 +25,11 @@ from adaptis.execute.transport import WireTransport
 from adaptis.execute.wire import TorchWire, wire_of
 from adaptis.lower import lower
 from adaptis.plan import Plan, Stage
+from adaptis.profile import typical
 from adaptis.program import Compute, Op
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from adaptis.execute.wire import Wire, Work
     from adaptis.execute.world import World
@@ -106,12 +106,6 @@ def measure_loop(world: World) -> float:
     executor = Executor(program, 0, stages, transport, world.progress, host=HostMemory())
     rows = executor.run([{}] * ROUNDS, 1.0, 0, lambda: None)
     return typical([begin - end for (_, _, end), (_, begin, _) in pairwise(rows)])
-
-
-def typical(times: Sequence[float]) -> float:
-    """The mean without the outermost tenth on either side: means add up, medians do not."""
-    cut = len(times) // 10
-    return fmean(sorted(times)[cut : len(times) - cut])
 
 
 def _compute(device: torch.device, seconds: float) -> None:

@@ -11,9 +11,17 @@ from typing import TYPE_CHECKING
 
 from adaptis.cluster import Cluster, Device, cluster_from_json, cluster_to_json
 from adaptis.errors import InputError
+from adaptis.execute.gradients import measure_sum
 from adaptis.execute.links import LinkCost, measure_links, measure_loop
 from adaptis.measure.layers import LayerMeter
-from adaptis.profile import LayerCost, Overheads, Profile, profile_from_json, profile_to_json
+from adaptis.profile import (
+    LayerCost,
+    Overheads,
+    Profile,
+    Shared,
+    profile_from_json,
+    profile_to_json,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,6 +73,7 @@ class Measurement:
             offset=world.rank / world.size,
         )
         self._links: LinkCost | None = None
+        self._sums: list[float] = []
 
     def rounds(self, count: int) -> None:
         """Time each layer `count` times."""
@@ -73,10 +82,13 @@ class Measurement:
             self.meter.round()
             self._world.say("measuring", done=done + 1, total=count)
 
-    def result(self) -> Measured:
-        """The mean of what all ranks found, and the links; rank 0's figures, on every rank."""
+    def result(self, rounds: Sequence[int] | None = None) -> Measured:
+        """The mean of what all ranks found, and the links; rank 0's figures, on every rank.
+
+        `rounds` are those to take, among those that the meter kept; None: all.
+        """
         world = self._world
-        own = self.meter.profile()
+        own = self.meter.profile(rounds)
         own = replace(own, overheads=_with_loop(own.overheads, measure_loop(world)))
         texts = world.gather(json.dumps(profile_to_json(own)))
         profile = mean_profile([profile_from_json(json.loads(text)) for text in texts])
@@ -84,10 +96,12 @@ class Measurement:
             world.phase("measuring links")
             largest = max(layer.output_bytes for layer in profile.layers)
             self._links = measure_links(world, largest)
+            self._sums = [measure_sum(world, shared.bytes) for shared in profile.shared]
         cost = self._links
         profile = replace(
             profile,
             overheads=replace(profile.overheads, send=cost.send, receive=cost.receive),
+            shared=tuple(map(_with_seconds, profile.shared, self._sums)),
             devices=world.size,
             microbatches=self._num_microbatches,
             source=f"{own.source}, in {world.size} process(es) at once",
@@ -101,6 +115,10 @@ class Measurement:
 def _with_loop(extra: Overheads, loop: float) -> Overheads:
     computing = ("forward", "backward", "backward_input", "backward_weight")
     return replace(extra, loop=loop, **{name: getattr(extra, name) + loop for name in computing})
+
+
+def _with_seconds(shared: Shared, seconds: float) -> Shared:
+    return replace(shared, seconds=seconds)
 
 
 def mean_profile(parts: Sequence[Profile]) -> Profile:

@@ -18,16 +18,15 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from functools import partial
-from statistics import fmean
 from typing import TYPE_CHECKING
 
 import torch
 
 from adaptis.measure.compute import StageCompute
-from adaptis.profile import LayerCost, Overheads, Profile, Shared
+from adaptis.profile import LayerCost, Overheads, Profile, Shared, typical
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor, nn
 
@@ -59,15 +58,14 @@ class _Subject:
         default_factory=lambda: {letter: [] for letter in (*LETTERS, PREPARING)}
     )
 
-    def typical(self, letter: str) -> float:
-        """The mean without the outermost tenth on either side.
+    def typical(self, letter: str, rounds: Sequence[int]) -> float:
+        """Seconds in these rounds; I with what its preparation makes F longer."""
 
-        A step adds up many instructions: means add, medians do not, and times have a long tail.
-        """
-        times = sorted(self.seconds[letter])
-        cut = max(1, len(times) // 10) if len(times) > 4 else 0
-        result = fmean(times[cut : len(times) - cut])
-        return result + self.typical(PREPARING) - self.typical("F") if letter == "I" else result
+        def found(letter: str) -> float:
+            return typical([self.seconds[letter][i] for i in rounds])
+
+        longer = found(PREPARING) - found("F") if letter == "I" else 0.0
+        return max(found(letter) + longer, 0.0)
 
 
 class LayerMeter:
@@ -154,22 +152,27 @@ class LayerMeter:
             for times in subject.seconds.values():
                 times.clear()
 
-    def profile(self) -> Profile:
-        """The typical times of the rounds so far."""
+    @property
+    def kept(self) -> int:
+        """How many rounds were kept since the start, or since `forget`."""
+        return len(next(iter(self._singles.values())).seconds["F"])
+
+    def profile(self, rounds: Sequence[int] | None = None) -> Profile:
+        """The typical times of those rounds; None: of all that were kept."""
         model = self._model
-        overheads = _overheads(model, self._singles, self._run)
-        rounds = len(next(iter(self._singles.values())).seconds["F"])
+        rounds = range(self.kept) if rounds is None else rounds
+        overheads = _overheads(model, self._singles, self._run, rounds)
         return Profile(
             model=model.name,
             tokens_per_microbatch=max(1, round(model.weight(self._microbatch))),
             layers=tuple(
-                _cost(model, i, self._singles, overheads) for i in range(len(model.layers))
+                _cost(model, i, self._singles, overheads, rounds) for i in range(len(model.layers))
             ),
             overheads=Overheads(
                 **{_FIELDS[letter]: seconds for letter, seconds in overheads.items()}
             ),
             shared=_shared(model, self._seed),
-            source=f"measured by adaptis: trimmed mean of {rounds} rounds",
+            source=f"measured by adaptis: trimmed mean of {len(rounds)} rounds",
             machine=_machine(self._device),
         )
 
@@ -280,7 +283,7 @@ def _update(subject: _Subject, optimizer: Optimizer, device: torch.device | str)
 
 
 def _overheads(
-    model: TorchModel, singles: dict[str, _Subject], run: _Subject | None
+    model: TorchModel, singles: dict[str, _Subject], run: _Subject | None, rounds: Sequence[int]
 ) -> dict[str, float]:
     """Seconds per instruction, by letter."""
     if run is None:
@@ -288,18 +291,24 @@ def _overheads(
     layers = [singles[_key(model, i)] for i in range(run.start, run.stop)]
     result = {}
     for letter in LETTERS:
-        singly = [layer.typical(letter) for layer in layers]
-        overhead = (sum(singly) - run.typical(letter)) / (len(layers) - 1)
+        singly = [layer.typical(letter, rounds) for layer in layers]
+        overhead = (sum(singly) - run.typical(letter, rounds)) / (len(layers) - 1)
         # An instruction cannot cost more than the cheapest layer does with it.
         result[letter] = min(max(overhead, 0.0), *singly)
     return result
 
 
 def _cost(
-    model: TorchModel, index: int, singles: dict[str, _Subject], overheads: dict[str, float]
+    model: TorchModel,
+    index: int,
+    singles: dict[str, _Subject],
+    overheads: dict[str, float],
+    rounds: Sequence[int],
 ) -> LayerCost:
     layer, subject = model.layers[index], singles[_key(model, index)]
-    seconds = {letter: max(subject.typical(letter) - overheads[letter], 0.0) for letter in LETTERS}
+    seconds = {
+        letter: max(subject.typical(letter, rounds) - overheads[letter], 0.0) for letter in LETTERS
+    }
     parameters = subject.module.layer_parameters()[subject.start]
     size = sum(p.numel() * p.element_size() for p in parameters)
     trained = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)

@@ -313,6 +313,7 @@ def _seconds(profile: Profile, cluster: Cluster) -> Iterator[float]:
         for name in ("forward", "backward", "backward_input", "backward_weight"):
             yield getattr(extra, name) / device
     yield from (extra.send, extra.receive)
+    yield from (shared.seconds for shared in profile.shared)
     for link in links:
         yield link.latency
         yield from (layer.output_bytes / link.bandwidth for layer in profile.layers)
@@ -329,7 +330,8 @@ def _one_after_the_other(profile: Profile, cluster: Cluster, num_microbatches: i
         work = layer.forward + layer.backward + layer.backward_input + layer.backward_weight
         hop = max(link.seconds(layer.output_bytes) for link in links) + extra.send + extra.receive
         total += num_microbatches * (slowest * (work + each) + 2 * hop) + slowest * layer.update
-    return total + sum(2 * link.seconds(s.bytes) for s in profile.shared for link in links)
+    summing = sum(shared.seconds for shared in profile.shared)
+    return total + summing + sum(2 * x.seconds(s.bytes) for s in profile.shared for x in links)
 
 
 def _tick(profile: Profile, cluster: Cluster, step: float) -> tuple[float, bool]:

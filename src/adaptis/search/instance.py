@@ -71,6 +71,7 @@ class Instance(NamedTuple):
     shared_offsets: Any  # (K + 1,) the layers of shared parameter k
     shared_layers: Any
     shared_bytes: Any  # (K,)
+    shared_seconds: Any  # (K,) of the sum itself
     shared_state: Any  # (K,) with gradient and optimizer
     head: Head  # the last layer, if it is sharded over all devices
     decide: Any  # (5,) which of DECISIONS are open
@@ -147,6 +148,7 @@ def make_instance(
         shared_offsets=np.cumsum([0, *(len(s.layers) for s in profile.shared)]).astype(np.int64),
         shared_layers=np.array([i for s in profile.shared for i in s.layers], dtype=np.int64),
         shared_bytes=np.array([s.bytes for s in profile.shared], dtype=np.float64),
+        shared_seconds=np.array([s.seconds for s in profile.shared], dtype=np.float64),
         shared_state=np.array([profile.shared_state(s) for s in profile.shared], dtype=np.float64),
         head=_make_head(profile, cluster),
         decide=_open(profile, cluster, decide),
@@ -293,13 +295,16 @@ def finish(instance: Any, stop: Any, device: Any, update: Any, last: Any) -> flo
         for i in range(instance.shared_offsets[k], instance.shared_offsets[k + 1]):
             if instance.shared_layers[i] == head:
                 held[:] = 1
-        _share(instance, instance.shared_bytes[k], held, last)
+        _share(instance, k, held, last)
     return np.max(last + update)
 
 
 @compiled
-def _share(instance: Any, num_bytes: float, held: Any, last: Any) -> None:
-    """All holders wait for the latest, then for both ways over the slowest link from the first."""
+def _share(instance: Any, k: int, held: Any, last: Any) -> None:
+    """All holders wait for the latest, for both ways over the slowest link from the first, and sum.
+
+    `held` says how often each device holds shared parameter `k`.
+    """
     owners = np.flatnonzero(held)
     if len(owners) < 2:
         return
@@ -308,7 +313,9 @@ def _share(instance: Any, num_bytes: float, held: Any, last: Any) -> None:
         latest = max(latest, last[d])
         if d != owners[0]:
             between = 0 if instance.node[d] == instance.node[owners[0]] else 1
-            seconds = instance.link[0, between] + num_bytes * instance.link[1, between]
+            seconds = (
+                instance.link[0, between] + instance.shared_bytes[k] * instance.link[1, between]
+            )
             slowest = max(slowest, seconds)
     for d in owners:
-        last[d] = latest + 2 * slowest
+        last[d] = latest + 2 * slowest + instance.shared_seconds[k]
