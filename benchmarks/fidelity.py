@@ -13,8 +13,9 @@
    is the order, the waiting and the transfers. The profile is what was given, plus what a sleep
    takes too long; that and what a message costs are measured beside the run, without it.
 
-Errors are predicted / measured - 1, of the typical step: as the layers' times are, the mean without
-the outermost tenth on either side. Prints tables, writes
+Errors are predicted / measured - 1. Real layers: of the typical step, as the layers' times are (the
+mean without the outermost tenth on either side). Layers asleep: of the median step, because their
+times are given, and what lengthens a step now and then is a core taken away. Prints tables, writes
 `benchmarks/results/fidelity-DATE.json` (`fidelity-real-DATE.json` of the first part alone) and the
 scatter plots beside it, `.svg` and `.png`.
 """
