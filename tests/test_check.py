@@ -213,7 +213,10 @@ def test_a_blocking_send_of_gloo_waits_for_the_receive_so_it_is_a_rendezvous(ran
     )
     assert proven(crossing, Semantics.BUFFERED)
     assert not proven(crossing, Semantics.RENDEZVOUS)
-    assert all("Timed out" in answer for answer in ranks.run(crossing, Semantics.RENDEZVOUS, 1.0))
+    # Whoever gives up first closes its connections, which the other may hear of before its own end.
+    answers = ranks.run(crossing, Semantics.RENDEZVOUS, 1.0)
+    assert all(answers)
+    assert any("Timed out" in answer for answer in answers)
 
 
 def test_spoilt_programs_end_or_hang_over_gloo_as_the_proof_says(ranks):
