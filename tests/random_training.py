@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from adaptis.execute.session import Session
 from adaptis.execute.world import seated
+from adaptis.measure.slices import carried
 from adaptis.measure.stage import Chain, auxiliary_loss
 from adaptis.plan import named_plan
 from adaptis.program import Op, parts
@@ -27,6 +28,7 @@ WIDTH, VOCABULARY, LENGTH = 8, 16, 6
 SEED, STEPS = 7, 2
 NORM = 0.05  # small enough to clip most steps
 SCHEDULED = ("1f1b", "interleaved", "zb-h1", "zb-v", "v-half", "hanayo", "breadth-first")
+SLICED = ("terapipe", "seq1f1b", "slimpipe")
 TWICE = ("dualpipe-v", "dualpipe")  # two copies of the model, or one folded in two
 
 
@@ -113,6 +115,41 @@ class Attention(nn.Module):
         return x + self.out(scores.softmax(-1) @ v)
 
 
+class Causal(nn.Module):
+    """One head that looks back over all slices of its sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.entry, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        q, k, v = self.entry(x).chunk(3, -1)
+        k, v = carried(self).append(k, v, dim=1)
+        new, all_ = q.shape[1], k.shape[1]
+        mask = torch.ones(new, all_, dtype=torch.bool).tril(all_ - new)
+        seen = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return x + self.out(functional.dropout(seen, 0.1, self.training))
+
+
+class Recurrent(nn.Module):
+    """A state, and how often it has been there, from slice to slice."""
+
+    def __init__(self):
+        super().__init__()
+        self.entry, self.decay = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x):
+        memory = carried(self, "state")
+        before = memory.earlier or {"state": torch.zeros_like(x[:, 0]), "count": torch.tensor(0)}
+        state, states = before["state"], []
+        for token in self.entry(x).unbind(1):
+            state = torch.sigmoid(self.decay) * state + torch.tanh(token)
+            states.append(state)
+        count = before["count"] + 1
+        memory.later = {"state": state, "count": count}
+        return x + torch.stack(states, 1) / count
+
+
 class Placed(nn.Embedding):
     """Tokens, their positions, and an image for each sequence."""
 
@@ -176,19 +213,19 @@ def halving(optimizer):
 
 
 def free(rng, devices):
-    """Any order that can run, without slices and replicas."""
+    """Any order that can run, without replicas; in some, micro-batches are slices of others."""
     while True:
         plan = random_programs.make_any_plan(rng.random(), devices, 5, 5)
-        bare = not plan.previous and plan.replicas == 1
-        if bare and plan.num_devices == devices and plan.num_layers > 1:
+        if plan.replicas == 1 and plan.num_devices == devices and plan.num_layers > 1:
             return plan
 
 
 def scheduled(rng, devices):
     """A named schedule over stages of random sizes, some recomputed."""
     while True:
-        name, v = rng.choice((*SCHEDULED, *TWICE)), rng.randint(1, 3)
-        shape, schedule = Shape(devices, rng.randint(2, 6), v), SCHEDULES[name]
+        name, v = rng.choice((*SCHEDULED, *TWICE, *SLICED)), rng.randint(1, 3)
+        schedule = SCHEDULES[name]
+        shape = Shape(devices, rng.randint(2, 6), v, rng.randint(1, 4) if schedule.sliced else 1)
         if schedule.lacks(shape):
             continue
         count = devices * v // schedule.copies
@@ -214,7 +251,7 @@ def model_of(seed, plan, dtype):
     """A chain with as many layers as the plan has, of all kinds that suit the plan."""
     rng = random.Random(seed)
     count = plan.num_layers - 2
-    kinds = [Experts, Plain, Convolved, Attention]
+    kinds = [Experts, Plain, Convolved, Attention, Causal, Recurrent]
     if in_order(plan):  # else the moving values of a buffer depend on the order
         kinds += [Counted]
     layers = []

@@ -200,10 +200,10 @@ def train_drawn(numbers, devices):
 
 def plain_draw(case):
     plain = Reference(case.make(), optimizer=random_training.sgd, seed=SEED, **case.options)
-    losses = []
+    losses, previous = [], case.plan.previous
     for step in range(case.steps):
-        losses.append(plain.step(random_training.batch_of(case, step)))
-        losses.append(plain.evaluate(random_training.batch_of(case, step + 1)))
+        losses.append(plain.step(random_training.batch_of(case, step), previous))
+        losses.append(plain.evaluate(random_training.batch_of(case, step + 1), previous))
     state = {**plain.module.global_parameters(), **plain.module.global_buffers()}
     return losses, {name: tensor.detach().numpy() for name, tensor in state.items()}
 

@@ -334,10 +334,10 @@ def check_training(config: Config) -> None:
             f"{settings.plan} is for {plan.num_devices} devices, {running} are to run; give "
             f"--train.devices {plan.num_devices}, or torchrun as many processes"
         )
-    if plan.num_microbatches != settings.microbatches:
+    if plan.num_sequences != settings.microbatches:
         raise PlanError(
-            f"{settings.plan} is for {plan.num_microbatches} micro-batches, train.microbatches is "
-            f"{settings.microbatches}; give --train.microbatches {plan.num_microbatches}"
+            f"{settings.plan} is for {plan.num_sequences} micro-batches, train.microbatches is "
+            f"{settings.microbatches}; give --train.microbatches {plan.num_sequences}"
         )
     check(lower(plan))
 
@@ -350,7 +350,7 @@ def _plan(settings: TrainSection) -> Plan | str:
     if settings.resume and own.is_file():
         plan = load_plan(own)
         running = int(os.environ.get("WORLD_SIZE", settings.devices))
-        if (plan.num_devices, plan.num_microbatches) == (running, settings.microbatches):
+        if (plan.num_devices, plan.num_sequences) == (running, settings.microbatches):
             return plan
     return "auto"
 

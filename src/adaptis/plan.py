@@ -72,6 +72,11 @@ class Plan:
         return len(self.programs)
 
     @property
+    def num_sequences(self) -> int:
+        """How many micro-batches a batch has before any is cut into slices."""
+        return sum(before < 0 for before in self.previous) or self.num_microbatches
+
+    @property
     def num_layers(self) -> int:
         """How many layers the model has."""
         return self.stages[-1].stop + (self.head_reductions > 0)

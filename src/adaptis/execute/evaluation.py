@@ -39,7 +39,7 @@ class _Forwards:
         self._stage, self._last, self._losses = stage, last, losses
 
     def forward(self, m: int, inputs: Any, microbatch: Microbatch, weight: float, _: int) -> Any:
-        result = self._stage.evaluate(inputs, microbatch)
+        result = self._stage.evaluate(inputs, microbatch, m)
         if not self._last:
             return result
         self._losses[m] = result * weight

@@ -332,18 +332,6 @@ def links_of(program: Program) -> set[tuple[int, int]]:
     return found
 
 
-def refuse_unknown(program: Program) -> None:
-    """Name what the loop above cannot run.
-
-    Raises:
-        PlanError: the program has slices.
-    """
-    if program.layout.previous:
-        raise PlanError(
-            "the plan has sequences in slices, which can be simulated but not executed yet"
-        )
-
-
 def describe(program: Program, device: int, position: int) -> str:
     """An instruction with its place, as failures name it."""
     instruction: Instruction = program.devices[device][position]

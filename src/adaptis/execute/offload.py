@@ -2,9 +2,9 @@
 
 What autograd saved for one micro-batch is found by walking its graph from the stage's output. Each
 saved tensor is replaced by a handle, and so is the stage's input; each storage is copied once,
-however many tensors look into it. Parameters, buffers and the micro-batch itself stay: they are not
-freed by it. On an accelerator the copies run on a stream of their own, through pinned memory; on a
-CPU the host is another buffer.
+however many tensors look into it. Parameters, buffers, the micro-batch itself and what slices of a
+sequence leave to each other stay: they are not freed by it. On an accelerator the copies run on a
+stream of their own, through pinned memory; on a CPU the host is another buffer.
 """
 
 from __future__ import annotations
@@ -83,10 +83,9 @@ class HostMemory:
 
     def offload(self, stage: StageCompute, m: int) -> None:
         """OFFLOAD: what `stage` keeps of micro-batch `m` leaves the device's memory."""
-        outputs, inputs, microbatch = stage.graph(m)
+        outputs, inputs, others = stage.graph(m)
         module = stage.module
-        given = [t for t in microbatch.values() if isinstance(t, Tensor)]
-        stay = {_address(t) for t in (*module.parameters(), *module.buffers(), *given)}
+        stay = {_address(t) for t in (*module.parameters(), *module.buffers(), *others)}
         found: dict[int, _Bytes] = {}
 
         def pack(tensor: Tensor) -> _View:

@@ -18,7 +18,7 @@ from adaptis.check import check
 from adaptis.errors import PlanError
 from adaptis.execute.device import clock_of, on_device
 from adaptis.execute.evaluation import Evaluation
-from adaptis.execute.executor import Executor, describe, links_of, refuse_unknown
+from adaptis.execute.executor import Executor, describe, links_of
 from adaptis.execute.gradients import Gradients
 from adaptis.execute.head import ShardedHead
 from adaptis.execute.mesh import Mesh, groups
@@ -27,6 +27,7 @@ from adaptis.execute.transport import WireTransport
 from adaptis.execute.wire import wire_of
 from adaptis.lower import lower
 from adaptis.measure.compute import StageCompute
+from adaptis.measure.slices import cut
 from adaptis.program import Compute, Op, Overlap, parts
 from adaptis.timeline import Timeline, from_rows
 
@@ -109,7 +110,6 @@ class Session:
         self.plan, self.model, self.world = plan, model, world
         self.program = lower(plan)
         check(self.program)
-        refuse_unknown(self.program)
         self.steps = 0
         self._key, self._max_norm, self._norm = key, max_norm, 0.0
         self._autocast = autocast
@@ -180,6 +180,7 @@ class Session:
                 autocast=self._autocast,
                 first=self.mesh.data.rank * plan.num_microbatches,
                 device=self.world.device,
+                previous=layout.previous,
             )
             for s, module in modules.items()
         }
@@ -213,11 +214,13 @@ class Session:
     ) -> StepResult:
         """Train on one batch; `watch` is called after each computation.
 
-        Each replica of a mesh has a batch of its own, which all ranks of it are given.
+        Each replica of a mesh has a batch of its own, which all ranks of it are given. Where the
+        plan has slices, a batch of whole sequences is cut into them.
 
         Raises:
             PlanError: the batch has another number of micro-batches than the plan.
         """
+        batch = self._sliced(batch)
         weight = self._weight(batch)
         self._transport.begin([_signature(microbatch) for microbatch in batch])
         self.world.progress.begin(self._key, self.steps)
@@ -240,6 +243,7 @@ class Session:
         Raises:
             PlanError: the batch has another number of micro-batches than the plan.
         """
+        batch = self._sliced(batch)
         weight = self._weight(batch)
         if self._evaluation is None:
             self._evaluation = Evaluation(
@@ -251,14 +255,25 @@ class Session:
         self.mesh.whole(on=False)
         return self.mesh.data.sum(loss)
 
+    def _sliced(self, batch: Sequence[Microbatch]) -> Sequence[Microbatch]:
+        """As many micro-batches as the plan has, whole sequences cut into its slices."""
+        plan = self.plan
+        if plan.previous and len(batch) == plan.num_sequences:
+            return cut(batch, plan.previous)
+        if len(batch) == plan.num_microbatches:
+            return batch
+        if plan.previous:
+            raise PlanError(
+                f"the batch has {len(batch)} micro-batches, the plan is for {plan.num_sequences} "
+                f"in {plan.num_microbatches} slices; give as many of either"
+            )
+        raise PlanError(
+            f"the batch has {len(batch)} micro-batches, the plan is for {plan.num_microbatches}; "
+            f"plan again with --microbatches {len(batch)}"
+        )
+
     def _weight(self, batch: Sequence[Microbatch]) -> float:
         """What multiplies each summed loss."""
-        if len(batch) != self.plan.num_microbatches:
-            raise PlanError(
-                f"the batch has {len(batch)} micro-batches, the plan is for "
-                f"{self.plan.num_microbatches}; "
-                f"plan again with --microbatches {len(batch)}"
-            )
         return 1.0 / self.mesh.data.sum(sum(self.model.weight(m) for m in batch))
 
     def _loss(self) -> float:

@@ -2,7 +2,7 @@
 
 A stage's forward is the same wherever it runs: random numbers depend on (seed, step, layer,
 micro-batch) alone, buffers move once a micro-batch, auxiliary losses count by their share of the
-tokens. How the backward is split stands in `split`.
+tokens. How the backward is split stands in `split`, what slices of a sequence hand on in `slices`.
 
 It knows nothing of schedules, devices or processes.
 """
@@ -17,13 +17,24 @@ import torch
 from torch import Tensor, nn
 
 from adaptis.measure.random import drawing
+from adaptis.measure.slices import slice_of, slicing
 from adaptis.measure.split import Pending, Splitter
 from adaptis.measure.stage import collecting_losses
-from adaptis.measure.values import entries, gradients, pack, replaced, roots, tensors_of, unpack
+from adaptis.measure.values import (
+    entries,
+    gradients,
+    pack,
+    plain_entries,
+    replaced,
+    roots,
+    tensors_of,
+    unpack,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
+    from adaptis.measure.slices import Slice
     from adaptis.measure.stage import Microbatch, StageModule, TorchModel
     from adaptis.measure.values import Value
 
@@ -42,6 +53,7 @@ class _Saved:
     step: int
     weight: float
     inputs: Value | None  # leaves; None on the first stage
+    place: Slice | None  # among the slices of a sequence; None: it is one by itself
     output: Result | None = None  # the graph's ends; None until R where the stage recomputes
     buffers: Buffers | None = None  # those that move, as F found them, for R
 
@@ -65,6 +77,7 @@ class StageCompute:
         autocast: torch.dtype | None = None,
         first: int = 0,
         device: torch.device | str = "cpu",
+        previous: Sequence[int] = (),
     ) -> None:
         """Take a stage.
 
@@ -78,6 +91,7 @@ class StageCompute:
             autocast: what products are computed in, where it is not the parameters' own type.
             first: the number that micro-batch 0 has in the step, among those of all replicas.
             device: where a stage without parameters computes; others do where those are.
+            previous: the slice before each micro-batch, -1: none; empty: nothing is sliced.
         """
         self.module = module
         self.losses: dict[int, Tensor] = {}  # micro-batch -> this stage's share of the step's loss
@@ -86,7 +100,9 @@ class StageCompute:
         self._recompute = recompute
         self._seed, self._autocast, self._first = seed, autocast, first
         self._device = next((p.device for p in module.parameters()), torch.device(device))
+        self._previous = previous
         self._saved: dict[int, _Saved] = {}
+        self._evaluated: dict[int, Slice | None] = {}  # slices that others still follow
         self._pending: dict[int, Pending] = {}
         self._moving: set[tuple[nn.Module, str]] | None = None  # buffers; None before the first F
         self._splitter = Splitter(module, on=split)
@@ -104,7 +120,7 @@ class StageCompute:
         `weight` multiplies the summed loss: 1 / (tokens of the whole step).
         """
         number, given = self._first + m, None if inputs is None else entries(inputs)
-        saved = _Saved(microbatch, number, step, weight, given)
+        saved = _Saved(microbatch, number, step, weight, given, self._place(m))
         self._saved[m] = saved
         if self._recompute:
             saved.buffers = self._buffers()
@@ -119,6 +135,13 @@ class StageCompute:
             return None
         return replaced(output, [t.detach() for t in tensors_of(output)])
 
+    def _place(self, m: int) -> Slice | None:
+        if not self._previous:
+            return None
+        before = self._previous[m]
+        done = {before: self._saved[before].place} if before >= 0 else {}
+        return slice_of(m, self._previous, done)
+
     def _all_buffers_once(self) -> Buffers:
         """Copies, while the first forward may have to be repeated."""
         return {} if self._splitter.sure else self._buffers()
@@ -126,20 +149,22 @@ class StageCompute:
     def _graph(self, saved: _Saved, start: Buffers) -> Result:
         """Run with a graph; `start` is the buffers before."""
         output, loss = self._run(saved)
-        if self._splitter.learn([*tensors_of(output), *([] if loss is None else [loss])]):
+        left = saved.place.tensors() if saved.place else []
+        if self._splitter.learn([*tensors_of(output), *([] if loss is None else [loss]), *left]):
             return output, loss
         with _other_buffers(start, self.module):
             return self._run(saved)
 
     def _run(self, saved: _Saved) -> Result:
-        inputs = None if saved.inputs is None else unpack(self._entered(saved.inputs))
         place = (saved.step, self.module.start, saved.number)
         with (
             drawing(self._seed, *place, self._device),
             self._splitter.prepared(),
             self._casting(),
+            self._slicing(saved.place),
             collecting_losses() as terms,
         ):
+            inputs = None if saved.inputs is None else unpack(plain_entries(saved.inputs))
             value: Any = self.module(inputs, saved.microbatch)
             loss = self._model.loss(value, saved.microbatch) * saved.weight if self._last else None
         if terms:
@@ -148,20 +173,13 @@ class StageCompute:
             loss = extra if loss is None else loss + extra
         return None if self._last else pack(value), loss
 
-    def _entered(self, inputs: Value) -> Value:
-        """The inputs for the layers: not as leaves where autocast is on.
-
-        It casts a leaf once for all uses and so adds up their gradients in the lower precision,
-        which it does not do with the same value inside a larger stage.
-        """
-        if self._autocast is None:
-            return inputs
-        return replaced(inputs, [t.view_as(t) for t in tensors_of(inputs)])
-
     def _casting(self) -> AbstractContextManager[Any]:
         if self._autocast is None:  # torch's own context costs as much as a small layer
             return nullcontext()
         return torch.autocast(self._device.type, dtype=self._autocast)
+
+    def _slicing(self, place: Slice | None, *, keep: bool = True) -> AbstractContextManager[Any]:
+        return nullcontext() if place is None else slicing(place, keep=keep)
 
     def recompute(self, m: int) -> None:
         """R: what F would have kept, from the kept input and the same random numbers."""
@@ -171,12 +189,25 @@ class StageCompute:
             saved.output = self._graph(saved, start)
         saved.buffers = None
 
-    def evaluate(self, inputs: Any, microbatch: Microbatch) -> Any:
-        """The output, or on the last stage the summed loss, without anything kept or changed."""
+    def evaluate(self, inputs: Any, microbatch: Microbatch, m: int = 0) -> Any:
+        """The output, or on the last stage the summed loss, without anything kept or changed.
+
+        Of a slice, what it leaves is kept for the slice after.
+        """
         training = self.module.training
         self.module.eval()
+        place = slice_of(m, self._previous, self._evaluated)
+        if place is not None:
+            self._evaluated.pop(self._previous[m], None)
+            if place.after:
+                self._evaluated[m] = place
         try:
-            with torch.no_grad(), _other_buffers({}, self.module), self._casting():
+            with (
+                torch.no_grad(),
+                _other_buffers({}, self.module),
+                self._casting(),
+                self._slicing(place),
+            ):
                 value: Any = self.module(None if inputs is None else unpack(inputs), microbatch)
                 return self._model.loss(value, microbatch) if self._last else pack(value)
         finally:
@@ -201,8 +232,15 @@ class StageCompute:
         ends = [] if output is None else roots(output, gradient)
         if loss is not None and loss.requires_grad:
             ends.append((loss, None))
+        if saved.place is not None:
+            ends += saved.place.ends()
         if ends:  # a stage of frozen layers at the start of the chain has nothing to do
-            torch.autograd.backward([end for end, _ in ends], [given for _, given in ends])
+            with self._slicing(saved.place, keep=False):
+                torch.autograd.backward([end for end, _ in ends], [given for _, given in ends])
+        if saved.place is not None and saved.place.earlier:
+            before = self._saved[self._previous[m]].place
+            assert before is not None
+            before.given = saved.place.gradients()
         return None if saved.inputs is None else gradients(saved.inputs)
 
     def backward_input(self, m: int, gradient: Any) -> Any:
@@ -218,12 +256,19 @@ class StageCompute:
         """W: the weight gradients that I left."""
         self._pending.pop(m).run()
 
-    def graph(self, m: int) -> tuple[list[Tensor], tuple[Tensor, ...], Microbatch]:
-        """What is kept from F to the backward: the graph's ends, its leaves, the micro-batch."""
+    def graph(self, m: int) -> tuple[list[Tensor], tuple[Tensor, ...], list[Tensor]]:
+        """What is kept from F to the backward: the graph's ends, its leaves, what others keep too.
+
+        The last are the micro-batch, and what slices of a sequence leave to each other.
+        """
         saved = self._saved[m]
         output, loss = saved.output or (None, None)
         ends = [*tensors_of(output), *tensors_of(loss)]
-        return ends, tensors_of(saved.inputs), saved.microbatch
+        others = [t for t in saved.microbatch.values() if isinstance(t, Tensor)]
+        if saved.place is not None:
+            ends += saved.place.tensors()
+            others += saved.place.tensors()
+        return ends, tensors_of(saved.inputs), others
 
     def pending_bytes(self, m: int) -> int:
         """Bytes kept from I to W."""
@@ -234,6 +279,7 @@ class StageCompute:
         found: list[Tensor] = []
         for saved in self._saved.values():
             found += [*tensors_of(saved.inputs), *(saved.buffers or {}).values()]
+            found += saved.place.tensors() if saved.place else []
         return found + [t for pending in self._pending.values() for t in pending.tensors()]
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -242,7 +288,7 @@ class StageCompute:
 
     def idle(self) -> bool:
         """Whether nothing is left over from a step."""
-        return not self._saved and not self._pending
+        return not self._saved and not self._pending and not self._evaluated
 
     def reset(self) -> None:
         """Forget the losses of the last step."""

@@ -4,7 +4,11 @@ Layer 0 is the input embedding, layers 1..L are the blocks, layer L+1 is the fin
 head. Every stage runs the model's own `forward` on the real token ids, so masks, rotary tables and
 keyword arguments are rebuilt by the model's own code; blocks of other stages hand their input on,
 and the hidden state is swapped at the stage's two borders ("boundary injection"). Models whose
-blocks exchange more than the hidden state are refused. Nothing here knows about plans or processes.
+blocks exchange more than the hidden state are refused.
+
+Slices of a sequence hand on their keys and values in the form that transformers keeps them while it
+generates, a `Cache`; so models whose every block keeps them there can be sliced, all others are
+refused. Nothing here knows about plans or processes.
 """
 
 from __future__ import annotations
@@ -17,7 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Cache,
+    DynamicLayer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from adaptis.errors import InputError
 from adaptis.measure.anatomy import (
@@ -31,6 +42,7 @@ from adaptis.measure.anatomy import (
     split_call,
 )
 from adaptis.measure.random import begin_layer
+from adaptis.measure.slices import carried, is_sliced
 from adaptis.measure.stage import (
     Microbatch,
     StageModule,
@@ -98,6 +110,14 @@ class HuggingFaceModel:
         nn.Module.to(model, device)
         return model
 
+    def logits(self, whole: PreTrainedModel, microbatch: Microbatch) -> Tensor:
+        """The output of a model that `plain` made; of a slice, behind those before it.
+
+        Raises:
+            InputError: if the micro-batch is a slice and the model cannot be sliced.
+        """
+        return _logits(whole, self._anatomy, microbatch)
+
     def loss(self, output: Tensor, microbatch: Microbatch) -> Tensor:
         """The summed cross-entropy of the logits; the labels are shifted already."""
         return cross_entropy(output, microbatch)
@@ -123,6 +143,54 @@ class _CapturedError(Exception):
         self.hidden = hidden
 
 
+class _Block(DynamicLayer):
+    """The keys and values of one block, with those of the slices before."""
+
+    def __init__(self, block: nn.Module, seen: int) -> None:
+        super().__init__()
+        self._block, self._seen = block, seen
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = carried(self._block).append(key_states, value_states, dim=-2)
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        return self._seen
+
+
+def _logits(model: PreTrainedModel, anatomy: Anatomy, microbatch: Microbatch) -> Tensor:
+    """The model's own forward of a micro-batch, or of a slice behind those before it.
+
+    Args:
+        model: whole, or a stage of it.
+        anatomy: of the whole model.
+        microbatch: its "inputs" are the token ids.
+
+    Raises:
+        InputError: if a block of a sliced model keeps something else than keys and values.
+    """
+    tokens = microbatch["inputs"]
+    if not is_sliced():
+        return model(input_ids=tokens, use_cache=False).logits
+    for layer in anatomy.layers[1:-1]:
+        if "attention" not in layer.kind or "linear" in layer.kind:
+            raise _unsliceable(model, layer)
+    memory = carried(model)
+    seen = 0 if memory.earlier is None else int(memory.earlier)
+    memory.later = torch.tensor(seen + tokens.shape[1])
+    cache = Cache(layers=[_Block(block, seen) for block in blocks_of(model, anatomy.blocks)])
+    return model(input_ids=tokens, past_key_values=cache, use_cache=True).logits
+
+
+def _unsliceable(model: PreTrainedModel, layer: Layer) -> InputError:
+    return InputError(
+        f"{model.config.model_type} cannot be trained in slices: {layer.name} ({layer.kind}) does "
+        "not keep keys and values alone; use a plan without slices"
+    )
+
+
 class _Stage(StageModule):
     def __init__(self, model: PreTrainedModel, anatomy: Anatomy, start: int, stop: int) -> None:
         super().__init__()
@@ -141,7 +209,7 @@ class _Stage(StageModule):
         self._received = hidden
         try:
             with _quiet():
-                return self.model(input_ids=microbatch["inputs"], use_cache=False).logits
+                return _logits(self.model, self._anatomy, microbatch)
         except _CapturedError as captured:
             return captured.hidden
         finally:

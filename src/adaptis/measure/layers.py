@@ -22,7 +22,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from adaptis.errors import InputError
 from adaptis.measure.compute import StageCompute
+from adaptis.measure.slices import Slice, slicing
+from adaptis.measure.values import tensors_of
 from adaptis.profile import LayerCost, Overheads, Profile, Shared, typical
 
 if TYPE_CHECKING:
@@ -53,6 +56,7 @@ class _Subject:
     output_bytes: int = 0
     saved_bytes: int = 0
     saved_weight_bytes: int = 0
+    carried_bytes: int = 0
     update: float = 0.0
     seconds: dict[str, list[float]] = field(
         default_factory=lambda: {letter: [] for letter in (*LETTERS, PREPARING)}
@@ -270,6 +274,19 @@ def _sizes(subject: _Subject, microbatch: Microbatch, weight: float) -> None:
     subject.saved_weight_bytes = subject.compute.pending_bytes(0)
     subject.compute.backward_weight(0)
     subject.compute.split(on=False)
+    subject.carried_bytes = _carried(subject, microbatch, weight)
+
+
+def _carried(subject: _Subject, microbatch: Microbatch, weight: float) -> int:
+    """Bytes that the layers would leave for another slice; 0 where they refuse to be sliced."""
+    place = Slice(after=0)
+    try:
+        with slicing(place):
+            subject.compute.evaluate(subject.inputs, microbatch)
+    except InputError:
+        return 0
+    left = [tensor for value in place.left.values() for tensor in tensors_of(value)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in left)
 
 
 def _update(subject: _Subject, optimizer: Optimizer, device: torch.device | str) -> None:
@@ -325,6 +342,7 @@ def _cost(
         saved_bytes=subject.saved_bytes,
         saved_weight_bytes=subject.saved_weight_bytes,
         output_bytes=subject.output_bytes,
+        carried_bytes=subject.carried_bytes,
     )
 
 

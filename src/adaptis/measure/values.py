@@ -67,6 +67,18 @@ def entries(value: Value) -> Value:
     return replaced(value, [t.requires_grad_(_has_gradient(t)) for t in leaves])
 
 
+def plain_entries(value: Value) -> Value:
+    """The entries for the layers: not as leaves where autocast is on.
+
+    It casts a leaf once for all uses and so adds up their gradients in the lower precision, which
+    it does not do with the same value inside a larger stage.
+    """
+    tensors = tensors_of(value)
+    if not any(torch.is_autocast_enabled(t.device.type) for t in tensors):
+        return value
+    return replaced(value, [t.view_as(t) for t in tensors])
+
+
 def gradients(value: Value) -> Value:
     """The gradients of `entries`, for the way back: zeros where a tensor was not used."""
     found = [
