@@ -28,7 +28,8 @@ demo: $(VENV)/.installed
 	@$(BIN)/adaptis demo
 
 test: $(VENV)/.installed
-	@$(BIN)/python -m pytest -q -m 'not slow'
+	@$(BIN)/python -m pytest -q -m 'not slow and not alone' -n 2 --dist loadfile
+	@$(BIN)/python -m pytest -q -m 'not slow and alone'
 
 test-slow: $(VENV)/.installed
 	@$(BIN)/python -m pytest -q -m slow --timeout 1800

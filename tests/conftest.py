@@ -16,6 +16,20 @@ settings.register_profile(
 settings.load_profile("ci")
 
 
+ALONE = """
+    checkpoint checkpoint_crashes checkpoint_head demo device execute_ops faults fidelity gpu
+    gradients html launch mesh models_execute own_stages slices torch_runtime train transparency
+    wire
+"""
+
+
+def pytest_collection_modifyitems(items):
+    """Files whose tests start processes or look at the clock run one at a time, on all cores."""
+    for item in items:
+        if item.path.stem.removeprefix("test_") in ALONE.split() or "ranks" in item.fixturenames:
+            item.add_marker("alone")
+
+
 @pytest.fixture
 def one_thread():
     import torch

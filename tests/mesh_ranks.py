@@ -13,6 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from adaptis.execute import checkpoint
 from adaptis.execute.session import Session
+from adaptis.execute.train import adamw
 from adaptis.execute.world import seated
 from adaptis.measure.stage import Chain, auxiliary_loss
 
@@ -145,16 +146,36 @@ def whole(session, gradient=False):
     return found
 
 
-def save_rank(seat, connection, sizes, make, plan, folder):
-    """A checkpoint of one replica, from which all go on: the losses of both ways."""
-    options = {"replicas": 2}
+def save_rank(seat, connection, sizes, make, plan, folder, replicas):
+    """A checkpoint, from which all go on: its path, the losses of both ways, what was saved."""
+    logging.disable(logging.WARNING)
+    options = {"replicas": replicas, "uneven": True}
     with seated(seat, connection) as world:
-        session = session_of(world, sizes, make, plan, tiny.sgd)
+        session = session_of(world, sizes, make, plan, adamw())
         replica = session.mesh.data.rank
         session.step(batch(plan, replica, 0, options))
         saved = checkpoint.save(session, Path(folder), seed=SEED)
+        state = state_of(session)
         world.barrier()
-        other = session_of(world, sizes, make, plan, tiny.sgd)
+        other = session_of(world, sizes, make, plan, adamw())
         checkpoint.load(other, checkpoint.newest(Path(folder)))
         losses = [s.step(batch(plan, replica, 1, options)).loss for s in (session, other)]
-        return str(saved), losses
+        return str(saved), losses, state
+
+
+def load_rank(seat, connection, make, plan, folder):
+    """What is loaded where there is no mesh."""
+    with seated(seat, connection) as world:
+        session = Session(world, make(), plan, optimizer=adamw(), seed=SEED + 1)
+        checkpoint.load(session, checkpoint.newest(Path(folder)))
+        return state_of(session)
+
+
+def state_of(session):
+    """Parameters and moments by name, whole."""
+    found = {}
+    for name, parameter in session.parameters.items():
+        for key, value in {"": parameter, **session.optimizer.state[parameter]}.items():
+            all_of_it = value.full_tensor() if isinstance(value, DTensor) else value
+            found[f"{name}/{key}"] = all_of_it.detach().numpy().copy()
+    return found

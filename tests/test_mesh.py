@@ -136,11 +136,30 @@ def joined(whole, key):
 
 
 @pytest.mark.slow
-def test_one_replica_saves_and_all_go_on_from_it(tmp_path):
-    sizes = {"pp": 2, "dp": 2}
-    ranks = launch(mesh_ranks.save_rank, 4, sizes, model, SPLIT, str(tmp_path))
-    assert sorted(saved != "." for saved, _ in ranks) == [False, False, True, True]
-    assert len({loss for _, losses in ranks for loss in losses}) == 1
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"pp": 2, "dp": 2},
+        {"pp": 2, "fsdp": 2},
+        {"pp": 2, "tp": 2},
+        {"pp": 2, "fsdp": 2, "tp": 2},
+    ],
+    ids=" ".join,
+)
+def test_one_row_saves_and_all_go_on_from_it_with_and_without_a_mesh(tmp_path, sizes):
+    replicas = sizes.get("dp", 1) * sizes.get("fsdp", 1)
+    rest = SPLIT, str(tmp_path), replicas
+    ranks = launch(mesh_ranks.save_rank, prod(sizes.values()), sizes, tied, *rest)
+    assert sum(saved != "." for saved, *_ in ranks) == 2
+    losses = {loss for _, found, _ in ranks for loss in found}
+    assert len(losses) == 1, "the first step after it, by who saved and by who loaded"
+    saved = {}
+    for _, _, state in ranks:
+        for key, value in state.items():
+            np.testing.assert_array_equal(saved.setdefault(key, value), value)
+    for found in launch(mesh_ranks.load_rank, 2, tied, SPLIT, str(tmp_path)):
+        for key, value in found.items():
+            np.testing.assert_array_equal(value, saved[key])
 
 
 @pytest.mark.slow
@@ -183,11 +202,3 @@ def test_tied_parameters_are_cut_alike():
     refuse_unlike("a", ["", ""])
     with pytest.raises(PlanError, match="the tied parameter a is cut as whole and as rows"):
         refuse_unlike("a", ["rows", ""])
-
-
-def test_checkpoints_of_parameters_in_parts_are_refused():
-    mesh = Mesh(world(), None)
-    mesh.refuse_parts()
-    mesh._names = ("pp", "fsdp")
-    with pytest.raises(PlanError, match=r"torch\.distributed\.checkpoint"):
-        mesh.refuse_parts()

@@ -21,6 +21,7 @@ import torch
 
 from adaptis.errors import InputError
 from adaptis.execute import learning
+from adaptis.execute.parts import part_of, whole
 from adaptis.execute.rows import Index, assemble, rows_of, value_of
 from adaptis.execute.storage import (
     Checkpoint,
@@ -63,11 +64,7 @@ class Saver:
             seed: of the run, to be kept with it.
             background: write while training goes on, from a copy of the state, which needs that
                 much memory; otherwise training waits and nothing is copied.
-
-        Raises:
-            PlanError: parameters lie in parts on several replicas or along "tp".
         """
-        session.mesh.refuse_parts()
         self._session, self._folder, self._seed = session, folder, seed
         self._background = background
         self._part: Future[str] | None = None  # of this rank, of the save on its way; JSON
@@ -79,13 +76,15 @@ class Saver:
     def start(self) -> None:
         """Save the state after the session's last step; waits for the save before it.
 
-        Replicas hold the same: the first one saves.
+        Replicas hold the same, and with what lies in parts put together so does every row of a
+        mesh: the first one saves.
 
         Raises:
             InputError: that one failed, or the folder cannot be written.
         """
         self.finish()
-        if self._session.mesh.data.rank:
+        tensors, values = _owned(self._session, copy=self._background)
+        if not self._session.mesh.is_first_row:
             return
         world, self._step = self._session.world, self._session.steps
         self._temporary = self._folder / f".step-{self._step:06d}.tmp"
@@ -93,7 +92,6 @@ class Saver:
         here = _guarded(lambda: prepare(self._folder, self._temporary)) if world.rank == 0 else ""
         if error := world.broadcast(here):
             raise InputError(f"{self._folder}: no checkpoint could be saved ({error})")
-        tensors, values = _owned(self._session, copy=self._background)
         path = self._temporary / f"rank-{world.rank}.safetensors"
 
         def write() -> dict[str, Any]:
@@ -192,9 +190,11 @@ def _guarded(action: Callable[[], Any]) -> str:
 
 
 def _owned(session: Session, *, copy: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What this rank writes: tensors, and what else is to be known of the optimizer."""
-    mine = session.world.rank
-    owners = _owners(session)
+    """What this rank writes: tensors, and what else is to be known of the optimizer.
+
+    Of several rows of a mesh, the others help to put together what lies in parts.
+    """
+    mine, owners = session.world.rank, _owners(session)
     tensors = {f"param/{n}": p.detach() for n, p in session.parameters.items()}
     tensors |= {f"buffer/{n}": b for n, b in session.buffers.items()}
     tensors = {key: tensor for key, tensor in tensors.items() if owners.get(key) == mine}
@@ -211,7 +211,12 @@ def _owned(session: Session, *, copy: bool) -> tuple[dict[str, Tensor], dict[str
     if session.optimizer is not None:
         values |= learning.kept(session)
     kind = "" if session.optimizer is None else type(session.optimizer).__name__
-    ready = {key: tensor.contiguous().to("cpu", copy=copy) for key, tensor in tensors.items()}
+    ready = {}
+    for key, tensor in tensors.items():
+        all_of_it = whole(tensor)
+        if session.mesh.is_first_row:
+            again = copy and all_of_it is tensor
+            ready[key] = all_of_it.contiguous().to("cpu", copy=again)
     return ready, {"values": values, "optimizer": kind}
 
 
@@ -265,9 +270,7 @@ def load(session: Session, path: Path) -> Checkpoint:
 
     Raises:
         InputError: that is damaged, or of another model; the session is then not to be used.
-        PlanError: parameters lie in parts on several replicas or along "tp".
     """
-    session.mesh.refuse_parts()
     names = _owners(session)
     found = Checkpoint(path)
     _same_model(session, found, names)
@@ -314,7 +317,7 @@ def _copy(target: Tensor, source: Tensor, name: str, path: Path) -> None:
             f"{path}: {name} is {source.dtype} of shape {tuple(source.shape)}, the model needs "
             f"{wanted[0]} of shape {wanted[1]}; resume with the model that was saved"
         )
-    target.copy_(source)
+    target.copy_(part_of(source, target))
 
 
 def _load_optimizer(session: Session, found: Checkpoint, index: Index) -> None:
@@ -346,15 +349,15 @@ def _load_optimizer(session: Session, found: Checkpoint, index: Index) -> None:
             }
             if state:
                 session.optimizer.state[parameter] = {
-                    key: _placed(value, parameter.device, everywhere)
-                    for key, value in state.items()
+                    key: _placed(value, parameter, everywhere) for key, value in state.items()
                 }
 
 
-def _placed(value: Any, device: torch.device, everywhere: bool) -> Any:
+def _placed(value: Any, parameter: Tensor, everywhere: bool) -> Any:
     """A part of a parameter's state, where torch wants it: most counters stay on the CPU."""
-    tensor = isinstance(value, torch.Tensor)
-    return value.to(device) if tensor and (value.dim() or everywhere) else value
+    if not isinstance(value, torch.Tensor) or not (value.dim() or everywhere):
+        return value
+    return part_of(value.to(parameter.device), parameter)
 
 
 def _load_random(world: World, found: Checkpoint) -> None:

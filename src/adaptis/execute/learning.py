@@ -58,10 +58,13 @@ def restore(session: Session, found: Checkpoint) -> None:
     saved = found.values.get(GROUPS)
     if saved is None:  # no rank had an optimizer
         return
-    if len(saved) != len(optimizer.param_groups):
+    count = len(optimizer.param_groups)
+    if len(saved) != count and schedule is None and all(one == saved[0] for one in saved):
+        saved = saved[:1] * count  # a mesh makes groups of its own, with the same settings
+    if len(saved) != count:
         raise InputError(
             f"{found.path}: holds {len(saved)} groups of parameters, the optimizer has "
-            f"{len(optimizer.param_groups)}; resume with the optimizer that was saved"
+            f"{count}; resume with the optimizer that was saved"
         )
     if (SCHEDULE in found.values) != (schedule is not None):
         there, here = ("a", "none") if schedule is None else ("no", "one")

@@ -96,18 +96,10 @@ class Mesh:
     def _in_parts(self) -> bool:
         return FSDP in self._names or TP in self._names
 
-    def refuse_parts(self) -> None:
-        """Checkpoints hold whole parameters.
-
-        Raises:
-            PlanError: they lie in parts on several ranks.
-        """
-        if self._in_parts:
-            raise PlanError(
-                "checkpoints are of whole parameters, which lie in parts along 'fsdp' or 'tp' "
-                "here; use a mesh of 'pp' and 'dp' alone, or save with "
-                "torch.distributed.checkpoint"
-            )
+    @property
+    def is_first_row(self) -> bool:
+        """Whether this rank is in the row that speaks for all."""
+        return not self.data.rank and not self.tensor.rank
 
     def sum(self, number: float) -> float:
         """The sum of all ranks' numbers, on all of them."""

@@ -29,6 +29,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils import logging
 
 from adaptis.errors import InputError
+from adaptis.execute.parts import part_of
 from adaptis.execute.storage import Checkpoint, sync
 from adaptis.files import Fields, read_json
 from adaptis.measure.huggingface import HuggingFaceModel
@@ -205,7 +206,7 @@ def _load_some(
     for name, value in network.state_dict(keep_vars=True).items():
         if not value.is_meta:
             if first[name] in own:
-                own[first[name]].copy_(value)
+                own[first[name]].copy_(part_of(value, own[first[name]]))
                 done.add(first[name])
             _forget(network, name, value)
     return done
