@@ -423,6 +423,10 @@ def test_a_plan_for_other_settings_is_refused_before_any_process_starts(run, pla
     assert "give --train.devices 4" in refused(run(*words))
     words = (*words, "--train.devices", 4, "--train.microbatches", 2)
     assert "give --train.microbatches 8" in refused(run(*words))
+    assert "a multiple of 3" in refused(run(*words, "--train.replicas", 3))
+    assert "each of 2 replicas; give --train.devices 8" in refused(
+        run(*words, "--train.replicas", 2)
+    )
 
 
 @pytest.mark.parametrize(

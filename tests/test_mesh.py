@@ -17,10 +17,13 @@ import torch
 from test_execute_ops import head_plan
 from test_transparency import CUTS, irregular, plan_of
 
-from adaptis.errors import PlanError
+from adaptis.errors import InputError, PlanError
 from adaptis.execute.launch import launch
 from adaptis.execute.mesh import Mesh, refuse_unlike
 from adaptis.execute.reference import Reference
+from adaptis.execute.train import Job, train
+from adaptis.execute.train import _mesh as train_mesh
+from adaptis.execute.train import _own as own_part
 from adaptis.execute.world import World
 from adaptis.measure.stage import Chain
 
@@ -160,6 +163,34 @@ def test_one_row_saves_and_all_go_on_from_it_with_and_without_a_mesh(tmp_path, s
     for found in launch(mesh_ranks.load_rank, 2, tied, SPLIT, str(tmp_path)):
         for key, value in found.items():
             np.testing.assert_array_equal(value, saved[key])
+
+
+@pytest.mark.slow
+def test_training_takes_the_sizes_of_a_mesh():
+    found = train(
+        model,
+        functools.partial(tiny.batches, 4),
+        steps=2,
+        devices=4,
+        plan=SPLIT,
+        mesh={"pp": 2, "tp": 2},
+        parallelize=mesh_ranks.parallelize,
+        optimizer=tiny.sgd,
+        seed=3,
+    )
+    close(found.losses, tiny.train_plain(model, 4, 2)[0])
+
+
+def test_a_mesh_that_does_not_suit_the_run_is_refused():
+    job = Job(model, tiny.batches, 1, mesh={"pp": 2, "tp": 2})
+    with pytest.raises(InputError, match="pp 2 x tp 2 has 4 processes, 1 are running"):
+        train_mesh(world(), job)
+    with pytest.raises(InputError, match="measured whole, which those cut along 'tp' are not"):
+        train_mesh(replace(world(), size=4), job)
+    session = SimpleNamespace(mesh=SimpleNamespace(data=SimpleNamespace(rank=1, size=2)))
+    assert own_part(session, "abcdef") == "def"
+    with pytest.raises(InputError, match="3 micro-batches for 2 replicas"):
+        own_part(session, "abc")
 
 
 @pytest.mark.slow

@@ -168,6 +168,24 @@ def test_torchrun_trains_to_the_same_losses(folder, first):
     assert json.loads(found.stdout)["losses"] == json.loads(first.stdout)["losses"]
 
 
+@pytest.mark.slow
+def test_two_replicas_train_to_the_losses_of_one_pipeline_and_go_on_from_their_checkpoint(
+    folder, first
+):
+    expected = json.loads(first.stdout)["losses"]
+    options = ["--train.microbatches", "2", "--train.folder", "replicas", "--json"]
+    options += ["--train.devices", "4", "--train.replicas", "2"]
+    found = adaptis(folder, "train", "train.toml", *options)
+    assert found.returncode == 0, found.stderr
+    assert json.loads(found.stdout)["losses"] == pytest.approx(expected, rel=1e-5)
+    plan = (folder / "replicas" / "plan.json").read_text()
+    assert json.loads(plan)["replicas"] == 2
+    more = adaptis(folder, "train", "train.toml", *options, "--resume", "--train.steps", "5")
+    assert more.returncode == 0, more.stderr
+    assert "measuring" not in more.stderr
+    assert len(json.loads(more.stdout)["losses"]) == 1
+
+
 def test_a_port_in_use_under_torchrun_is_one_sentence(folder):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -43,9 +43,10 @@ class DataSection:
 class TrainSection:
     """How."""
 
-    devices: int = 2
+    devices: int = 2  # processes
+    replicas: int = 1  # of the pipeline: devices / replicas are one, with its own micro-batches
     device: str = "cpu"  # or "cuda": each process on a GPU; not yet run on hardware
-    microbatches: int = 8
+    microbatches: int = 8  # of each replica
     steps: int = 20
     learning_rate: float = 1e-3
     max_norm: float = 0.0  # gradients are clipped to this global norm; 0: they are not
@@ -71,6 +72,7 @@ _SECTIONS = {"model": ModelSection, "data": DataSection, "train": TrainSection}
 _KINDS = {int: "an integer", float: "a finite number", str: "a string", bool: "true or false"}
 _LEAST = {
     ("train", "devices"): 1,
+    ("train", "replicas"): 1,
     ("train", "microbatches"): 1,
     ("train", "steps"): 1,
     ("train", "seed"): 0,

@@ -325,14 +325,20 @@ def check_training(config: Config) -> None:
     fits_vocabulary(
         recipe, data.tokenizer or recipe.tokenizer, data.vocabulary or recipe.vocabulary
     )
+    length, rest = divmod(_running(settings), settings.replicas)
+    if rest:
+        raise InputError(
+            f"{_running(settings)} processes for {settings.replicas} replicas of the pipeline; "
+            f"give a multiple of {settings.replicas}"
+        )
     if settings.plan == "auto":
         return
     plan = load_plan(settings.plan)
-    running = int(os.environ.get("WORLD_SIZE", settings.devices))
-    if plan.num_devices != running:
+    if plan.num_devices != length:
+        each = f" for each of {settings.replicas} replicas" if settings.replicas > 1 else ""
         raise PlanError(
-            f"{settings.plan} is for {plan.num_devices} devices, {running} are to run; give "
-            f"--train.devices {plan.num_devices}, or torchrun as many processes"
+            f"{settings.plan} is for {plan.num_devices} devices, {length} are to run{each}; give "
+            f"--train.devices {plan.num_devices * settings.replicas}, or torchrun as many processes"
         )
     if plan.num_sequences != settings.microbatches:
         raise PlanError(
@@ -342,6 +348,10 @@ def check_training(config: Config) -> None:
     check(lower(plan))
 
 
+def _running(settings: TrainSection) -> int:
+    return int(os.environ.get("WORLD_SIZE", settings.devices))
+
+
 def _plan(settings: TrainSection) -> Plan | str:
     """A run that is resumed goes on under its own plan, where that suits."""
     if settings.plan != "auto":
@@ -349,8 +359,8 @@ def _plan(settings: TrainSection) -> Plan | str:
     own = Path(settings.folder, "plan.json")
     if settings.resume and own.is_file():
         plan = load_plan(own)
-        running = int(os.environ.get("WORLD_SIZE", settings.devices))
-        if (plan.num_devices, plan.num_sequences) == (running, settings.microbatches):
+        wanted = settings.replicas, _running(settings), settings.microbatches
+        if (plan.replicas, plan.num_devices * plan.replicas, plan.num_sequences) == wanted:
             return plan
     return "auto"
 
@@ -368,8 +378,9 @@ def train_config(
     from adaptis.measure.zoo import load_preset, read_preset
 
     settings, data, recipe = config.train, config.data, read_preset(config.model.preset)
+    replicas = settings.replicas
     batches = TextBatches(
-        settings.microbatches,
+        settings.microbatches * replicas,
         data.batch_size or recipe.batch_size,
         data.sequence or recipe.sequence,
         data.tokenizer or recipe.tokenizer,
@@ -396,6 +407,7 @@ def train_config(
         save_every=settings.save_every,
         resume=settings.resume,
         weights=config.model.weights,
+        mesh={"dp": replicas, "pp": _running(settings) // replicas} if replicas > 1 else None,
         say=say,
     )
     if int(os.environ.get("RANK", "0")):

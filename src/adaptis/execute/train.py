@@ -10,10 +10,12 @@ from __future__ import annotations
 import functools
 import json
 from dataclasses import dataclass, field, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
 from adaptis.cluster import cluster_to_json
 from adaptis.errors import InputError
@@ -30,10 +32,13 @@ from adaptis.search import Progress, Stop, search
 from adaptis.timeline import timeline_to_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from multiprocessing.connection import Connection
 
+    from torch.distributed.device_mesh import DeviceMesh
+
     from adaptis.execute.launch import Seat
+    from adaptis.execute.mesh import Parallelize
     from adaptis.execute.session import Optimizer, Schedule
     from adaptis.measure.stage import Microbatch, TorchModel
 
@@ -71,6 +76,14 @@ class Job:
     schedule: Schedule | None = None  # makes what moves the learning rate from the optimizer
     evaluate_every: int = 0  # steps; 0: never
     held_out: Callable[[int], Sequence[Microbatch]] | None = None  # step -> what is evaluated then
+    mesh: Mapping[str, int] | None = None  # dimension -> its size; None: one pipeline
+    parallelize: Parallelize | None = None  # cuts a layer along "tp"
+
+    @property
+    def replicas(self) -> int:
+        """How many pipelines there are, each with micro-batches of its own."""
+        sizes = self.mesh or {}
+        return sizes.get("dp", 1) * sizes.get("fsdp", 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +120,8 @@ def train(
     schedule: Schedule | None = None,
     evaluate_every: int = 0,
     held_out: Callable[[int], Sequence[Microbatch]] | None = None,
+    mesh: Mapping[str, int] | None = None,
+    parallelize: Parallelize | None = None,
     say: Callable[[str, dict[str, Any]], None] = lambda kind, data: None,
 ) -> Result:
     """Train `model` on `devices` processes, exactly as one process would.
@@ -138,6 +153,10 @@ def train(
             step, and after a resume where it was.
         evaluate_every: steps between two evaluations of `held_out`; 0: none.
         held_out: step to micro-batches, as `batches`, that are evaluated and not trained on.
+        mesh: sizes of the dimensions "pp" and any of "dp", "fsdp" and "tp", whose product is the
+            number of processes. The plan is for "pp"; a step's micro-batches are those of replica
+            0, then those of replica 1, and so on.
+        parallelize: cuts one layer along "tp", whose part of the mesh it is given too.
         say: called with the progress.
 
     Raises:
@@ -168,6 +187,8 @@ def train(
         schedule=schedule,
         evaluate_every=evaluate_every,
         held_out=held_out,
+        mesh=mesh,
+        parallelize=parallelize,
     )
     if under_torchrun():
         with launched(say, device) as world:
@@ -192,9 +213,10 @@ def run(world: World, job: Job) -> Result:
     model = cast(
         "TorchModel", made if hasattr(made, "layers") else cast("Callable[[], TorchModel]", made)()
     )
+    mesh = _mesh(world, job)
     measured, plan = None, job.plan
     if plan is None:
-        measured, plan = _plan(world, model, job)
+        measured, plan = _plan(world, mesh, model, job)
     world.phase("building stages")
     session = Session(
         world,
@@ -205,6 +227,8 @@ def run(world: World, job: Job) -> Result:
         max_norm=job.max_norm,
         autocast=job.autocast,
         schedule=job.schedule,
+        mesh=mesh,
+        parallelize=job.parallelize,
     )
     folder = Path(job.folder) if job.folder else None
     if job.resume:
@@ -218,12 +242,14 @@ def run(world: World, job: Job) -> Result:
     results, evaluations = [], {}
     world.phase("training")
     while session.steps < job.steps:
-        result = session.step(job.batches(session.steps))
+        result = session.step(_own(session, job.batches(session.steps)))
         results.append(result)
         seconds = result.end - result.begin
         world.say("step", step=session.steps, steps=job.steps, loss=result.loss, seconds=seconds)
         if job.held_out is not None and not session.steps % job.evaluate_every:
-            loss = evaluations[session.steps] = session.evaluate(job.held_out(session.steps))
+            loss = evaluations[session.steps] = session.evaluate(
+                _own(session, job.held_out(session.steps))
+            )
             world.say("evaluation", step=session.steps, loss=loss)
         if saver:
             saver.poll()
@@ -254,18 +280,54 @@ def _saver(session: Session, job: Job) -> checkpoint.Saver | None:
     return checkpoint.Saver(session, folder, seed=job.seed, background=job.background)
 
 
-def _plan(world: World, model: TorchModel, job: Job) -> tuple[Measured, Plan]:
+def _mesh(world: World, job: Job) -> DeviceMesh | None:
+    if job.mesh is None:
+        return None
+    sizes = " x ".join(f"{name} {size}" for name, size in job.mesh.items())
+    if prod(job.mesh.values()) != world.size:
+        raise InputError(
+            f"a mesh of {sizes} has {prod(job.mesh.values())} processes, {world.size} are running; "
+            f"give sizes whose product is that, or start as many"
+        )
+    if job.plan is None and job.mesh.get("tp", 1) > 1:
+        raise InputError(
+            f"a mesh of {sizes}: layers are measured whole, which those cut along 'tp' are not; "
+            f"give a plan"
+        )
+    return init_device_mesh(
+        world.device.type, tuple(job.mesh.values()), mesh_dim_names=tuple(job.mesh)
+    )
+
+
+def _own(session: Session, batch: Sequence[Microbatch]) -> Sequence[Microbatch]:
+    """This replica's part of the micro-batches of all."""
+    data = session.mesh.data
+    count, rest = divmod(len(batch), data.size)
+    if rest:
+        raise InputError(
+            f"{len(batch)} micro-batches for {data.size} replicas; give as many for each"
+        )
+    return batch[data.rank * count : (data.rank + 1) * count]
+
+
+def _plan(
+    everybody: World, mesh: DeviceMesh | None, model: TorchModel, job: Job
+) -> tuple[Measured, Plan]:
+    """Every row measures, side by side as they will compute; the first one's figures count."""
+    world = everybody if mesh is None else everybody.along(mesh["pp"])
     first = job.batches(0)
+    count = len(first) // job.replicas
     measurement = Measurement(
         world,
         model,
         first[0],
         optimizer=job.optimizer,
-        num_microbatches=len(first),
+        num_microbatches=count,
         seed=job.seed,
     )
     measurement.rounds(ROUNDS)
     measured = measurement.result()
+    world = everybody
     world.say("profile", profile=profile_to_json(measured.profile))
     world.phase("planning" if world.rank == 0 else "waiting for the plan")
     text = None
@@ -281,7 +343,7 @@ def _plan(world: World, model: TorchModel, job: Job) -> tuple[Measured, Plan]:
             answer = search(
                 measured.profile,
                 measured.cluster,
-                len(first),
+                count,
                 stop,
                 seed=job.seed,
                 progress=progress,
