@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from adaptis.execute.data import TextBatches
+from adaptis.measure.slices import carried
 from adaptis.measure.stage import Chain
 from adaptis.measure.zoo import load_preset, read_preset
 
@@ -35,7 +36,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         parts = self.mix(self.norms[0](x)).chunk(3, -1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
-        mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        k, v = carried(self).append(k, v, dim=-2)  # behind those of earlier slices, if any
+        new, seen = q.shape[-2], k.shape[-2]
+        mask = None if new == seen else torch.ones(new, seen, dtype=torch.bool).tril(seen - new)
+        mixed = functional.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         return x + self.down(functional.gelu(self.up(self.norms[1](x))))
 
