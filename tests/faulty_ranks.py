@@ -1,12 +1,10 @@
 """Runs of four ranks in which one dies, stops, raises or hangs at a chosen instruction.
 
-As a program, it runs a list of such runs one after another in processes forked from one that has
-imported torch already, which takes a second each, and prints what became of them as JSON.
+As a program, it runs a list of such runs one after another and prints what became of them as JSON.
 """
 
 import functools
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -16,13 +14,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import tiny
-import torch
 from test_transparency import plan_of
 
 from adaptis.errors import RankError
-from adaptis.execute import launch as launching
 from adaptis.execute.launch import launch
-from adaptis.execute.train import Job, adamw, run
+from adaptis.execute.train import Job, run
 from adaptis.execute.world import launched, seated
 
 MICROBATCHES, STEPS, FAULTY_STEP = 4, 4, 2
@@ -107,22 +103,7 @@ def episode(folder, rank, how, position, *, resume):
     return found
 
 
-def forked():
-    """Launch by fork."""
-    context = multiprocessing.get_context("fork")
-    launching.multiprocessing.get_context = lambda method: context
-
-
-def warm_up():
-    """Make torch import what it imports at the first use, before the processes are forked."""
-    parameter = torch.nn.Parameter(torch.zeros(2))
-    parameter.grad = torch.zeros(2)
-    adamw()([parameter]).step()
-
-
 def main(folder, cases):
-    warm_up()
-    forked()
     whole = launch(plain_rank, 4, replace(job_of(str(folder / "whole")), save_every=0))[0]
     episodes = []
     for rank, how, position, resume in cases:
@@ -142,7 +123,6 @@ if __name__ == "__main__":
         case ["torchrun", folder, rank, how, position]:
             under_torchrun(folder, int(rank), how, int(position))
         case ["endless", folder]:
-            forked()
             launch(endless_rank, 4, folder)
         case [folder, cases]:
             main(Path(folder), json.loads(cases))

@@ -3,36 +3,21 @@
 import functools
 import os
 import time
-from pathlib import Path
 
 import pytest
 import tiny
+from processes import ranks_of
 from test_transparency import CUTS, plan_of
 
 from adaptis.errors import RankError
 from adaptis.execute.launch import launch
 
 
-def children():
-    """Processes that are still ours, multiprocessing's own tracker aside."""
-    me = str(os.getpid())
-    found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = status.read_text().rpartition(")")[2].split()
-            line = Path(status.parent, "cmdline").read_text()
-        except OSError:
-            continue
-        if fields[1] == me and fields[0] != "Z" and "resource_tracker" not in line:
-            found.append(line)
-    return found
-
-
 def failure(target, *args):
     """The error of a run, and how long the run took after its processes had started."""
     with pytest.raises(RankError) as caught:
         launch(target, 2, *args)
-    assert children() == []
+    assert ranks_of(os.getpid()) == []
     return caught.value
 
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import helpers_of, ranks_of
 
 PRESET = """
 about = "four tiny blocks"
@@ -198,20 +199,6 @@ def test_a_port_in_use_under_torchrun_is_one_sentence(folder):
     assert len(found.stderr.splitlines()) == 1
 
 
-def ranks_of(parent):
-    """The processes that `parent` started to train, or to keep track of what they share."""
-    found = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = status.read_text().rpartition(")")[2].split()
-            line = Path(status.parent, "cmdline").read_text()
-        except OSError:
-            continue
-        if fields[1] == str(parent) and "multiprocessing" in line:
-            found[int(status.parent.name)] = "spawn_main" in line
-    return found
-
-
 def alive(process):
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -239,10 +226,10 @@ def disturbed(folder, first, disturb):
             lines.append(line)
             if line.startswith("training"):
                 break
-        started = ranks_of(run.pid)
-        assert sum(started.values()) == 2, lines
+        ranks, started = ranks_of(run.pid), helpers_of(run.pid)
+        assert len(ranks) == 2, lines
         begin = time.monotonic()
-        disturb(run, [rank for rank, is_rank in started.items() if is_rank])
+        disturb(run, ranks)
         rest = run.stderr.read()
         status = run.wait(timeout=30)
         seconds = time.monotonic() - begin

@@ -2,12 +2,15 @@
 
 The supervisor is the parent process. It learns of a death from the operating system, not from a
 network that may stay silent for half an hour; it names the rank and the instruction from a few
-bytes of shared memory that each rank keeps up to date; it ends every process before it raises. A
-process whose parent dies is killed by the kernel, so nothing is left behind. ::
+bytes of shared memory that each rank keeps up to date; it ends every process before it raises. ::
 
-    parent ──spawn──▶ rank 0, rank 1, ...      ranks talk to each other over gloo, on the loopback
-    interface only
-       ▲──messages───────┘  (say, result, error)
+    supervisor ──starts once──▶ server ──fork──▶ rank 0, rank 1, ...
+         ▲───── say, result, error ──────────────────┘
+
+The server is Python's fork server: it has imported what every rank needs, which takes some seconds,
+and does nothing else; so ranks start at once, in this run and in all later ones of the supervisor.
+It ends when the supervisor does, and a rank whose server dies is killed by the kernel: nothing is
+left behind. Ranks talk to each other over gloo, on the loopback interface only.
 
 It knows nothing of models or plans.
 """
@@ -23,6 +26,7 @@ import tempfile
 import time
 import traceback
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -41,6 +45,7 @@ _SYMPTOMS = (
     "broken pipe",
     "gloo",
 )
+IMPORTED = ["adaptis.execute.server"]  # by the server
 NO_GUARD = 87  # how a child says that its import of the script started a run of its own
 SETTLE = 0.5  # seconds in which the cause of a lost connection must show
 
@@ -82,17 +87,18 @@ def launch(
     with tempfile.TemporaryDirectory(prefix="adaptis-") as folder:
         record = Path(folder, "progress")
         record.write_bytes(blank_records(num_ranks))
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED)
         cores = tuple(sorted(os.sched_getaffinity(0)))
         ranks: list[_Rank] = []
         try:
-            with _environment(threads):
+            with _environment(threads) as environment:
                 for rank in range(num_ranks):
                     here, there = context.Pipe()
                     store = str(Path(folder, "store"))
                     seat = Seat(rank, num_ranks, cores, store, str(record), threads, device)
                     process = context.Process(
-                        target=_child, args=(seat, there, os.getpid(), target, args), daemon=True
+                        target=_child, args=(seat, there, environment, target, args), daemon=True
                     )
                     process.start()
                     there.close()
@@ -124,11 +130,15 @@ class Seat:
 
 
 @contextlib.contextmanager
-def _environment(threads: int) -> Iterator[None]:
-    """What the children must find in their environment before they import anything."""
+def _environment(threads: int) -> Iterator[dict[str, str]]:
+    """What the server, and so its children, must find before they import anything.
+
+    Gives the whole environment of now, as the server's may be that of an earlier run.
+    """
     changes = {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
+        "OPENBLAS_NUM_THREADS": str(threads),  # numpy's starts them when it is imported
         "NUMBA_NUM_THREADS": os.environ.get("NUMBA_NUM_THREADS", str(os.cpu_count() or 1)),
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
         "HF_HUB_OFFLINE": "1",
@@ -140,7 +150,7 @@ def _environment(threads: int) -> Iterator[None]:
     before = {key: os.environ.get(key) for key in changes}
     os.environ.update(changes)
     try:
-        yield
+        yield dict(os.environ)
     finally:
         for key, value in before.items():
             if value is None:
@@ -152,16 +162,19 @@ def _environment(threads: int) -> Iterator[None]:
 def _child(
     seat: Seat,
     connection: Connection,
-    parent: int,
+    environment: dict[str, str],
     target: Callable[..., Any],
     args: tuple[Any, ...],
 ) -> None:
     """A rank's process, from start to end."""
-    ctypes.CDLL(None).prctl(
-        1, signal.SIGKILL
-    )  # PR_SET_PDEATHSIG: no process outlives the supervisor
-    if os.getppid() != parent:
+    # PR_SET_PDEATHSIG: no rank outlives the server, which does not outlive the supervisor.
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    _let_the_server_go()
+    supervisor = multiprocessing.parent_process()
+    if supervisor is None or not supervisor.is_alive():
         os._exit(1)
+    os.environ.clear()
+    os.environ.update(environment)
     # On cores of its own, a rank that waits for a lock of its network thread makes room for it.
     os.sched_setaffinity(0, seat.own_cores())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-c is the supervisor's business
@@ -172,6 +185,16 @@ def _child(
         with contextlib.suppress(OSError):
             connection.send(("error", describe_error(error)))
         os._exit(1)
+
+
+def _let_the_server_go() -> None:
+    """Close what a rank would start processes of its own with: while it is open the server stays.
+
+    The server waits for the end of a pipe, whose other end Python gives to the ranks as well.
+    """
+    descriptor = getattr(forkserver._forkserver, "_forkserver_alive_fd", None)
+    if descriptor is not None:
+        os.close(descriptor)
 
 
 def describe_error(error: BaseException) -> dict[str, Any]:
