@@ -4,7 +4,8 @@
 
 Two processes of one thread each train equal attention blocks (8, width 192) side by side under
 schedules of whole micro-batches and of slices, a step of each in turn, in an order that changes.
-Each has the cut of the model that is best for it by the performance model. The losses must be those of plain training on whole sequences. Memory is counted in one more step.
+Each has the cut of the model that is best for it by the performance model. The losses must be those
+of plain training on whole sequences. Memory is counted in one more step.
 
 The prediction takes a slice for its share of a whole micro-batch: in truth later slices look back
 further, and each has the costs of an instruction of its own. Speed-ups are medians of the ratios of

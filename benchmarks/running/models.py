@@ -23,6 +23,12 @@ VOCABULARY, SEQUENCE = 2048, 128
 MICROBATCHES = 8
 
 
+@functools.cache
+def looking_back(new: int, seen: int) -> Tensor:
+    """What is added to the scores of the last `new` of `seen` tokens; one for all layers."""
+    return torch.full((new, seen), -torch.inf).triu(seen - new + 1)
+
+
 class Block(nn.Module):
     """Attention and a two-layer perceptron, each beside a residual."""
 
@@ -38,7 +44,7 @@ class Block(nn.Module):
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         k, v = carried(self).append(k, v, dim=-2)  # behind those of earlier slices, if any
         new, seen = q.shape[-2], k.shape[-2]
-        mask = None if new == seen else torch.ones(new, seen, dtype=torch.bool).tril(seen - new)
+        mask = None if new == seen else looking_back(new, seen)
         mixed = functional.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
         return x + self.down(functional.gelu(self.up(self.norms[1](x))))
