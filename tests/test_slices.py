@@ -77,7 +77,9 @@ def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt2", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "gemma3_text", "gpt2", "deepseek_v3", "qwen3_moe", "gpt_oss"]
+)
 def test_models_of_transformers_train_in_slices_as_in_one_piece(kind):
     model = HuggingFaceModel({"model_type": kind, **TINY[kind]})
     tokens = torch.randint(3, 250, (2, 2, 33), generator=torch.Generator().manual_seed(0))
