@@ -187,6 +187,8 @@ def test_a_mesh_that_does_not_suit_the_run_is_refused():
         train_mesh(world(), job)
     with pytest.raises(InputError, match="measured whole, which those cut along 'tp' are not"):
         train_mesh(replace(world(), size=4), job)
+    with pytest.raises(InputError, match="a mesh of dp 2 has no pipeline"):
+        train_mesh(world(), replace(job, mesh={"dp": 2}))
     session = SimpleNamespace(mesh=SimpleNamespace(data=SimpleNamespace(rank=1, size=2)))
     assert own_part(session, "abcdef") == "def"
     with pytest.raises(InputError, match="3 micro-batches for 2 replicas"):

@@ -284,6 +284,8 @@ def _mesh(world: World, job: Job) -> DeviceMesh | None:
     if job.mesh is None:
         return None
     sizes = " x ".join(f"{name} {size}" for name, size in job.mesh.items())
+    if "pp" not in job.mesh:
+        raise InputError(f"a mesh of {sizes} has no pipeline; give a size for 'pp', too")
     if prod(job.mesh.values()) != world.size:
         raise InputError(
             f"a mesh of {sizes} has {prod(job.mesh.values())} processes, {world.size} are running; "
