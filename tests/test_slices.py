@@ -175,6 +175,26 @@ def test_longer_slices_than_the_first_find_room_too():
     close(torch.cat(found, 1), layer(x))
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at all tensors
+def test_a_compiled_layer_looks_back_as_well():
+    layer = Looking().double()
+    compiled = torch.compile(layer, backend="aot_eager")
+    x = torch.randn(2, 12, slice_ranks.WIDTH, dtype=torch.float64)
+    place, found = Slice(after=2), []
+    for part in x.split(4, 1):
+        with slicing(place):
+            found.append(compiled(part))
+        place = place.following(live=True)
+    close(torch.cat(found, 1), layer(x))
+    close(compiled(x), layer(x))
+    parameters = list(layer.parameters())
+    ours = torch.autograd.grad(torch.cat(found, 1).square().sum(), parameters)
+    for gradient, expected in zip(
+        ours, torch.autograd.grad(layer(x).square().sum(), parameters), strict=True
+    ):
+        close(gradient, expected)
+
+
 def test_a_layer_that_is_not_sliced_gets_its_own_back():
     own = torch.ones(2, 3)
     memory = carried(nn.Identity())

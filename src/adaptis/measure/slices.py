@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from adaptis.errors import InputError
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
     from adaptis.measure.stage import Microbatch
     from adaptis.measure.values import Value
 
+# A compiled layer leaves its graph where it asks for another slice's values, as they change. The
+# public `torch.compiler.disable` is the same, but imports the compiler for all who import this.
+_outside_graphs = _disable_dynamo
 Key = tuple[nn.Module, str]  # who carries it, and which of its several things it is
 
 
@@ -112,12 +116,14 @@ class Carried:
             As many tensors, as long as the sequence is up to this slice. They lie in memory that is
             taken once for a whole sequence.
         """
-        place = self._place
-        if place is None:
-            return own
+        return own if self._place is None else self._append(own, dim)
+
+    @_outside_graphs
+    def _append(self, own: tuple[Tensor, ...], dim: int) -> tuple[Tensor, ...]:
+        assert self._place is not None
         earlier = self.earlier or (None,) * len(own)
         self.later = tuple(
-            _Append.apply(before, tensor, place, (self._key, number), dim)
+            _Append.apply(before, tensor, self._place, (self._key, number), dim)
             for number, (before, tensor) in enumerate(zip(earlier, own, strict=True))
         )
         return self.later
@@ -180,15 +186,17 @@ def carried(owner: nn.Module, name: str = "") -> Carried:
     Raises:
         InputError: if it asked for the same before in this forward.
     """
-    key = (owner, name)
-    found = Carried(_slice, key)
-    if _slice is not None:
-        if key in _asked:
-            raise InputError(
-                f"a {type(owner).__name__} asks twice in one forward for what it carries from "
-                f"slice to slice; give each use a name of its own: carried(self, name)"
-            )
-        _asked[key] = found
+    return Carried(None, (owner, name)) if _slice is None else _carried((owner, name))
+
+
+@_outside_graphs
+def _carried(key: Key) -> Carried:
+    if key in _asked:
+        raise InputError(
+            f"a {type(key[0]).__name__} asks twice in one forward for what it carries from slice "
+            f"to slice; give each use a name of its own: carried(self, name)"
+        )
+    found = _asked[key] = Carried(_slice, key)
     return found
 
 
