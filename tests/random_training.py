@@ -118,6 +118,8 @@ class Attention(nn.Module):
 class Causal(nn.Module):
     """One head that looks back over all slices of its sequence."""
 
+    dropped = 0.1
+
     def __init__(self):
         super().__init__()
         self.entry, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
@@ -128,7 +130,7 @@ class Causal(nn.Module):
         new, all_ = q.shape[1], k.shape[1]
         mask = torch.ones(new, all_, dtype=torch.bool).tril(all_ - new)
         seen = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return x + self.out(functional.dropout(seen, 0.1, self.training))
+        return x + self.out(functional.dropout(seen, self.dropped, self.training))
 
 
 class Recurrent(nn.Module):

@@ -2,12 +2,13 @@
 
 import atexit
 import contextlib
+import importlib
 import os
 
-import adaptis.execute.train  # noqa: F401 - torch, and all that a rank is made of
-
-with contextlib.suppress(ImportError):
-    import torch._dynamo  # noqa: F401 - which torch's optimizers import when the first is made
+# Torch and all that a rank is made of, and what torch's optimizers import when the first is made.
+for _name in ("adaptis.execute.train", "torch._dynamo"):
+    with contextlib.suppress(ImportError):
+        importlib.import_module(_name)
 
 # The ranks of a supervisor that died end with the server: it does not clean up for a second before.
 atexit.register(os._exit, 0)

@@ -313,14 +313,13 @@ def _own(session: Session, batch: Sequence[Microbatch]) -> Sequence[Microbatch]:
 
 
 def _plan(
-    everybody: World, mesh: DeviceMesh | None, model: TorchModel, job: Job
+    world: World, mesh: DeviceMesh | None, model: TorchModel, job: Job
 ) -> tuple[Measured, Plan]:
     """Every row measures, side by side as they will compute; the first one's figures count."""
-    world = everybody if mesh is None else everybody.along(mesh["pp"])
     first = job.batches(0)
     count = len(first) // job.replicas
     measurement = Measurement(
-        world,
+        world if mesh is None else world.along(mesh["pp"]),
         model,
         first[0],
         optimizer=job.optimizer,
@@ -329,7 +328,6 @@ def _plan(
     )
     measurement.rounds(ROUNDS)
     measured = measurement.result()
-    world = everybody
     world.say("profile", profile=profile_to_json(measured.profile))
     world.phase("planning" if world.rank == 0 else "waiting for the plan")
     text = None
